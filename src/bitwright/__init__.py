@@ -1,0 +1,1 @@
+"""bitwright: train neural networks at 1 to 8 bits, and ship exactly what was trained."""
