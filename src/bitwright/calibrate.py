@@ -1,0 +1,135 @@
+"""Calibration: an explicit phase in which real data sets signedness and scales."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.errors import BitwrightError
+from bitwright.grids import Shape, Stats
+from bitwright.prepare import quant_layers, quantizers, set_bypass
+from bitwright.quantizer import Quantizer
+
+# Values kept per scale and batch for searches: enough for a stable least squared error, small beside a batch.
+SAMPLE = 16384
+
+
+def rows_per_scale(x: Tensor, shape: Shape) -> Tensor:
+    """`x` as (channels, n): one row per scale."""
+    if shape.channels == 1:
+        return x.reshape(1, -1)
+    return x.movedim(shape.axis, 0).reshape(shape.channels, -1)
+
+
+class Collector:
+    """Statistics of one quantizer's input over batches: exact extremes and moments, a bounded random sample."""
+
+    def __init__(self, shape: Shape, seed: int):
+        self.shape = shape
+        self.generator = torch.Generator().manual_seed(seed)
+        self.count = 0
+        self.batches: list[Stats] = []
+
+    def add(self, x: Tensor) -> None:
+        """Take in one tensor."""
+        rows = rows_per_scale(x.detach().float(), self.shape)
+        if rows.shape[1] == 0:
+            return
+        stats = Stats.of(rows)
+        keep = max(SAMPLE // self.shape.channels, 256)
+        if rows.shape[1] > keep:
+            picks = torch.randint(rows.shape[1], (keep,), generator=self.generator).to(rows.device)
+            rows = rows[:, picks]
+        self.batches.append(Stats(stats.minimum, stats.maximum, stats.mean, stats.mean_abs, stats.std, rows.clone()))
+
+    def result(self) -> Stats:
+        """Everything seen so far as one `Stats`; batches weigh alike."""
+        parts = self.batches
+        mean = torch.stack([p.mean for p in parts]).mean(0)
+        second = torch.stack([p.std.square() + p.mean.square() for p in parts]).mean(0)
+        return Stats(
+            minimum=torch.stack([p.minimum for p in parts]).amin(0),
+            maximum=torch.stack([p.maximum for p in parts]).amax(0),
+            mean=mean,
+            mean_abs=torch.stack([p.mean_abs for p in parts]).mean(0),
+            std=(second - mean.square()).clamp(min=0).sqrt(),
+            sample=torch.cat([p.sample for p in parts], dim=1),
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for a while; every module's own mode afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def batch_inputs(batch: Any) -> Tensor:
+    """The input of a batch that may be a tensor or an (input, target, ...) sequence."""
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> nn.Module:
+    """Set signedness, scales and offsets of every quantizer from the float model's own tensors.
+
+    The model runs in evaluation mode without gradient and with all quantizers bypassed; norm statistics and
+    weights are untouched. Weight quantizers take the present weights. Scales set earlier are overwritten, so
+    do not call it after loading a quantized checkpoint.
+
+    Args:
+        model: prepared by `prepare`.
+        batches: input tensors, or (input, target) pairs; a few hundred samples suffice.
+        seed: of the random sample kept for searches.
+
+    Raises:
+        BitwrightError: there is no batch, a quantizer never saw data, or saw NaN or infinity.
+    """
+    found = quantizers(model)
+    if not found:
+        raise BitwrightError("calibrate: the model has no quantizers; call bitwright.prepare first")
+    inputs = {n: q for n, q in found.items() if q.shape.role == "input"}
+    collectors = {n: Collector(q.shape, seed + i) for i, (n, q) in enumerate(inputs.items())}
+    hooks = [q.register_forward_pre_hook(lambda _, args, c=collectors[n]: c.add(args[0])) for n, q in inputs.items()]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    count = 0
+    set_bypass(found.values(), True)
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in batches:
+                model(batch_inputs(batch).to(device))
+                count += 1
+    finally:
+        set_bypass(found.values(), False)
+        for hook in hooks:
+            hook.remove()
+    if count == 0:
+        raise BitwrightError("calibrate: no batch was given")
+    for name, quantizer in inputs.items():
+        if not collectors[name].batches:
+            raise BitwrightError(
+                f"calibrate: {name} saw no data; its layer was not called on these inputs "
+                "(leave it float with a rule, or give inputs that reach it)"
+            )
+        initialize(quantizer, collectors[name].result(), name)
+    for layer_name, layer in quant_layers(model).items():
+        for slot in layer.weight_slots:
+            quantizer = getattr(layer, slot)
+            if quantizer is not None:
+                weight = layer.weight_of(slot)
+                stats = Stats.of(rows_per_scale(weight, quantizer.shape))
+                initialize(quantizer, stats, f"{layer_name}.{slot}")
+    return model
+
+
+def initialize(quantizer: Quantizer, stats: Stats, name: str) -> None:
+    """`quantizer.initialize(stats)` after a check that the statistics are finite."""
+    if not bool(torch.isfinite(stats.minimum).all() and torch.isfinite(stats.maximum).all()):
+        raise BitwrightError(f"calibrate: {name} saw NaN or infinity in the float model; check weights and inputs")
+    quantizer.initialize(stats)

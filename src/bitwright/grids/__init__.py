@@ -1,0 +1,53 @@
+"""Grids: where the representable values are. One file per grid.
+
+A grid owns the parameters (scale, clipping bound, offset) of one quantized tensor and nothing else; the bit-width
+reaches it as a `CodeRange`, the gradient as an estimator.
+"""
+
+from typing import Any
+
+from bitwright.errors import BitwrightError
+from bitwright.grids.base import Affine, CodeRange, Grid, Shape, Stats, code_range
+from bitwright.grids.dorefa import DoReFa
+from bitwright.grids.lsq import LSQ
+from bitwright.grids.lsq_plus import LSQPlus
+from bitwright.grids.minmax import MinMax
+from bitwright.grids.pact import PACT
+from bitwright.grids.sat import SATWeight, sat_input
+
+GRIDS: dict[str, dict[str, Any]] = {
+    "lsq": {"weight": LSQ, "input": LSQ},
+    "lsq+": {"weight": LSQPlus, "input": LSQPlus},
+    "pact": {"weight": PACT, "input": PACT},
+    "dorefa": {"weight": DoReFa, "input": DoReFa},
+    "sat": {"weight": SATWeight, "input": sat_input},
+    "minmax": {"weight": MinMax, "input": MinMax},
+}
+
+__all__ = [
+    "GRIDS",
+    "LSQ",
+    "PACT",
+    "Affine",
+    "CodeRange",
+    "DoReFa",
+    "Grid",
+    "LSQPlus",
+    "MinMax",
+    "SATWeight",
+    "Shape",
+    "Stats",
+    "code_range",
+    "make_grid",
+    "sat_input",
+]
+
+
+def make_grid(name: str, shape: Shape, options: dict[str, Any]) -> Grid:
+    """The grid called `name` for a tensor of `shape`; BitwrightError for an unknown name or option."""
+    if name not in GRIDS:
+        raise BitwrightError(f"grid: {name!r} is unknown; accepted: {', '.join(sorted(GRIDS))}")
+    try:
+        return GRIDS[name][shape.role](shape, **options)
+    except TypeError as error:
+        raise BitwrightError(f"grid_options of {name!r}: {error}") from None

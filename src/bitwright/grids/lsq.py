@@ -1,0 +1,94 @@
+"""LSQ: learned step size quantization (Esser et al., ICLR 2020)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.errors import BitwrightError
+from bitwright.grids.base import (
+    EPS,
+    Affine,
+    CodeRange,
+    Grid,
+    Shape,
+    Stats,
+    make_affine,
+    positive,
+    scale_gradient,
+)
+from bitwright.kernels import fake_quantize
+
+
+def lsq_initial_scale(mean_abs: Tensor, codes: CodeRange) -> Tensor:
+    """2 mean|v| / sqrt(Qp) (section 2.1 of the paper)."""
+    return positive(2.0 * mean_abs / codes.hi.sqrt().to(mean_abs))
+
+
+def mse_scale(sample: Tensor, codes: CodeRange, candidates: int = 80) -> Tensor:
+    """The scale per channel, among `candidates` fractions of the full range, with the least squared error.
+
+    Args:
+        sample: (channels, n).
+        codes: bit-width and signedness.
+    """
+    lo, hi = codes.lo.to(sample), codes.hi.to(sample)
+    reach = torch.maximum(-codes.lo, codes.hi).to(sample) if codes.zero == 0.0 else hi - codes.zero
+    full = positive(sample.abs().amax(1)) / reach
+    best, best_error = full.clone(), torch.full_like(full, torch.inf)
+    for i in range(1, candidates + 1):
+        scale = full * (i / candidates) * 1.2
+        k = (sample / scale[:, None] + codes.zero).round().clamp(lo, hi)
+        error = ((k - codes.zero) * scale[:, None] - sample).square().mean(1)
+        better = error < best_error
+        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+    return best
+
+
+def gradient_factor(x: Tensor, shape: Shape, codes: CodeRange) -> Tensor:
+    """1 / sqrt(N Qp) (section 2.2); N = elements that share a scale, per sample for inputs.
+
+    The paper counts the features of one sample; some public code counts the whole batch.
+    """
+    n = shape.numel if shape.role == "weight" else x.numel() // max(x.shape[0], 1)
+    return (max(n // shape.channels, 1) * codes.hi).rsqrt()
+
+
+class LSQ(Grid):
+    """value = scale * round(clip(x / scale, -Qn, Qp)), the scale learned with the gradient 1/sqrt(N Qp)-scaled.
+
+    Args:
+        init: "lsq" (2 mean|x| / sqrt(Qp), the paper) or "mse" (least squared error over calibration values).
+    """
+
+    def __init__(self, shape: Shape, init: Literal["lsq", "mse"] = "lsq"):
+        super().__init__(shape)
+        if init not in ("lsq", "mse"):
+            raise BitwrightError(f"grid_options.init of 'lsq': {init!r} is not accepted; use 'lsq' or 'mse'")
+        self.init = init
+        self.scale = nn.Parameter(torch.ones(shape.channels))
+
+    def effective_scale(self) -> Tensor:
+        """The positive scale, shape (channels,)."""
+        return self.scale.abs() + EPS
+
+    def forward(self, x: Tensor, codes: CodeRange, estimator: nn.Module) -> Tensor:
+        scale = self.effective_scale()
+        if scale.requires_grad:
+            scale = scale_gradient(scale, gradient_factor(x, self.shape, codes))
+        return fake_quantize(x, self.shape.broadcast(scale, x.ndim), codes.zero, codes.lo, codes.hi, estimator)
+
+    def affine(self, x: Tensor | None, codes: CodeRange) -> Affine:
+        return make_affine(self.effective_scale(), codes.zero, codes)
+
+    @torch.no_grad()
+    def initialize(self, stats: Stats, codes: CodeRange) -> None:
+        if self.init == "mse":
+            self.scale.copy_(mse_scale(stats.sample, codes))
+        else:
+            self.scale.copy_(lsq_initial_scale(stats.mean_abs, codes))
+
+    @torch.no_grad()
+    def rescale(self, old: CodeRange, new: CodeRange) -> None:
+        # The upper clipping bound stays: s_new * Qp_new = s_old * Qp_old.
+        self.scale.mul_((old.hi - old.zero) / (new.hi - new.zero))

@@ -1,0 +1,89 @@
+"""LSQ+: LSQ with a learned offset for inputs (Bhalgat et al., CVPR-W 2020)."""
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.grids.base import (
+    EPS,
+    Affine,
+    CodeRange,
+    Grid,
+    Shape,
+    Stats,
+    make_affine,
+    positive,
+    scale_gradient,
+)
+from bitwright.grids.lsq import gradient_factor
+from bitwright.kernels import fake_quantize
+
+
+class LSQPlus(Grid):
+    """Inputs: value = scale * k + offset, k in [0, 2^b - 1], scale and offset learned. Weights: symmetric LSQ.
+
+    Weights start at scale = max(|mean - 3 std|, |mean + 3 std|) / 2^(b-1); inputs at the least squared error
+    over calibration values (the paper's fit, by a search over fractions of the range).
+    """
+
+    def __init__(self, shape: Shape):
+        super().__init__(shape)
+        self.scale = nn.Parameter(torch.ones(shape.channels))
+        if shape.role == "input":
+            self.offset = nn.Parameter(torch.zeros(shape.channels))
+        else:
+            self.register_parameter("offset", None)
+
+    def forward(self, x: Tensor, codes: CodeRange, estimator: nn.Module) -> Tensor:
+        factor = gradient_factor(x, self.shape, codes)
+        scale = self.scale.abs() + EPS
+        if scale.requires_grad:
+            scale = scale_gradient(scale, factor)
+        scale = self.shape.broadcast(scale, x.ndim)
+        if self.offset is None:
+            return fake_quantize(x, scale, codes.zero, codes.lo, codes.hi, estimator)
+        offset = scale_gradient(self.offset, factor) if self.offset.requires_grad else self.offset
+        offset = self.shape.broadcast(offset, x.ndim)
+        lo, hi = unsigned(codes)
+        return fake_quantize(x - offset, scale, 0.0, lo, hi, estimator) + offset
+
+    def affine(self, x: Tensor | None, codes: CodeRange) -> Affine:
+        scale = self.scale.abs() + EPS
+        if self.offset is None:
+            return make_affine(scale, codes.zero, codes)
+        lo, hi = unsigned(codes)
+        return make_affine(scale, -self.offset / scale, codes._replace(lo=lo, hi=hi))
+
+    @torch.no_grad()
+    def initialize(self, stats: Stats, codes: CodeRange) -> None:
+        if self.offset is None:
+            reach = torch.maximum((stats.mean - 3 * stats.std).abs(), (stats.mean + 3 * stats.std).abs())
+            self.scale.copy_(positive(reach) / (codes.hi - codes.lo + 1).to(reach) * 2)
+            return
+        lo, hi = unsigned(codes)
+        best = torch.full_like(stats.minimum, torch.inf)
+        middle = (stats.maximum + stats.minimum) / 2
+        for i in range(10, 101, 2):
+            low = middle + (stats.minimum - middle) * (i / 100)
+            scale = positive((stats.maximum - stats.minimum) * (i / 100)) / hi.to(low)
+            # Zero padding and ReLU put much mass at 0, so the lower end also stays at the minimum.
+            for offset in (low, stats.minimum):
+                k = ((stats.sample - offset[:, None]) / scale[:, None]).round().clamp(lo.to(low), hi.to(low))
+                error = (k * scale[:, None] + offset[:, None] - stats.sample).square().mean(1)
+                better = error < best
+                best = torch.where(better, error, best)
+                self.scale.copy_(torch.where(better, scale, self.scale))
+                self.offset.copy_(torch.where(better, offset, self.offset))
+
+    @torch.no_grad()
+    def rescale(self, old: CodeRange, new: CodeRange) -> None:
+        self.scale.mul_((old.hi - old.lo) / (new.hi - new.lo) if self.offset is not None else reach_ratio(old, new))
+
+
+def unsigned(codes: CodeRange) -> tuple[Tensor, Tensor]:
+    """(0, 2^b - 1): with an offset, codes have no sign whatever the data's is."""
+    return codes.lo - codes.lo, codes.hi - codes.lo
+
+
+def reach_ratio(old: CodeRange, new: CodeRange) -> Tensor:
+    """Factor of a scale that keeps the upper clipping bound of a symmetric grid."""
+    return (old.hi - old.zero) / (new.hi - new.zero)

@@ -1,0 +1,28 @@
+"""Quantized layers: subclasses of torch's own that own `weight_quantizer` and `input_quantizer`.
+
+A float layer becomes a quantized one in place (`module.__class__ = QuantConv2d`), so identity, parameter names, tied
+weights and float checkpoints stay what they were.
+"""
+
+from bitwright.layers.add import Add, QuantAdd
+from bitwright.layers.attention import QuantMultiheadAttention, scaled_dot_product
+from bitwright.layers.base import QuantLayer
+from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
+from bitwright.layers.linear import QuantEmbedding, QuantLinear
+from bitwright.layers.swap import is_quantized, quantizable, swap
+
+__all__ = [
+    "Add",
+    "QuantAdd",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConv2dSame",
+    "QuantEmbedding",
+    "QuantLayer",
+    "QuantLinear",
+    "QuantMultiheadAttention",
+    "is_quantized",
+    "quantizable",
+    "scaled_dot_product",
+    "swap",
+]

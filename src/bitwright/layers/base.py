@@ -1,0 +1,54 @@
+"""What quantized layers share: slots for quantizers and the two lines that use them."""
+
+from torch import Tensor, nn
+
+from bitwright.grids import Shape
+from bitwright.quantizer import Quantizer
+from bitwright.spec import QuantizerSpec
+
+
+class QuantLayer(nn.Module):
+    """Mixin of quantized layers. A slot holds a `Quantizer` or None (that tensor stays float)."""
+
+    weight_slots: tuple[str, ...] = ("weight_quantizer",)
+    input_slots: tuple[str, ...] = ("input_quantizer",)
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
+
+    def quantizers(self) -> dict[str, Quantizer]:
+        """The slots in use, by name."""
+        slots = {name: getattr(self, name, None) for name in (*self.weight_slots, *self.input_slots)}
+        return {name: q for name, q in slots.items() if isinstance(q, Quantizer)}
+
+    def weight_shape(self, slot: str, per_channel: bool) -> Shape:
+        """Shape of the weight behind `slot`; scales lie along axis 0, the output channels."""
+        weight = self.weight_of(slot)
+        return Shape(
+            "weight",
+            channels=weight.shape[0] if per_channel else 1,
+            axis=0,
+            numel=weight.numel(),
+            linear=weight.ndim == 2,
+        )
+
+    def weight_of(self, slot: str) -> Tensor:
+        """The float weight that the quantizer in `slot` quantizes."""
+        del slot
+        return self.weight  # pyright: ignore[reportReturnType]
+
+    def input_shape(self, per_channel: bool) -> Shape:
+        """Shape of the layer's input; `per_channel` needs a layer that knows its channel axis."""
+        raise NotImplementedError
+
+    def make_quantizer(self, slot: str, spec: QuantizerSpec) -> Quantizer:
+        """A quantizer for `slot`, not yet attached."""
+        if slot in self.weight_slots:
+            shape = self.weight_shape(slot, spec.per_channel is not False)
+        else:
+            shape = self.input_shape(spec.per_channel is True)
+        return Quantizer(spec, shape)
+
+
+def apply(quantizer: Quantizer | None, x: Tensor) -> Tensor:
+    """`quantizer(x)`, or `x` where there is none."""
+    return x if quantizer is None else quantizer(x)

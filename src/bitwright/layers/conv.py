@@ -1,0 +1,46 @@
+"""Quantized convolutions."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitwright.grids import Shape
+from bitwright.layers.base import QuantLayer, apply
+
+
+class QuantConv1d(QuantLayer, nn.Conv1d):
+    """`nn.Conv1d` on a quantized weight and input; groups and padding modes as in torch."""
+
+    def input_shape(self, per_channel: bool) -> Shape:
+        return Shape("input", channels=self.in_channels if per_channel else 1, axis=-2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, w = apply(self.input_quantizer, input), apply(self.weight_quantizer, self.weight)
+        return self._conv_forward(x, w, self.bias)
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """`nn.Conv2d` on a quantized weight and input; groups and padding modes as in torch."""
+
+    def input_shape(self, per_channel: bool) -> Shape:
+        return Shape("input", channels=self.in_channels if per_channel else 1, axis=-3)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, w = apply(self.input_quantizer, input), apply(self.weight_quantizer, self.weight)
+        return self._conv_forward(x, w, self.bias)
+
+
+def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+    """Zeros before and after an axis so that the output has ceil(size / stride) positions (TensorFlow's "SAME")."""
+    total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
+class QuantConv2dSame(QuantConv2d):
+    """The quantized form of timm's `Conv2dSame`: input-size dependent padding as in TensorFlow."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, w = apply(self.input_quantizer, input), apply(self.weight_quantizer, self.weight)
+        rows = same_padding(x.shape[-2], self.kernel_size[0], self.stride[0], self.dilation[0])
+        columns = same_padding(x.shape[-1], self.kernel_size[1], self.stride[1], self.dilation[1])
+        x = F.pad(x, (*columns, *rows))
+        return F.conv2d(x, w, self.bias, self.stride, (0, 0), self.dilation, self.groups)

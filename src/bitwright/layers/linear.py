@@ -1,0 +1,35 @@
+"""Quantized linear layers and embeddings."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitwright.grids import Shape
+from bitwright.layers.base import QuantLayer, apply
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """`nn.Linear` on a quantized weight and input; any leading axes."""
+
+    def input_shape(self, per_channel: bool) -> Shape:
+        return Shape("input", channels=self.in_features if per_channel else 1, axis=-1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, w = apply(self.input_quantizer, input), apply(self.weight_quantizer, self.weight)
+        return F.linear(x, w, self.bias)
+
+
+class QuantEmbedding(QuantLayer, nn.Embedding):
+    """`nn.Embedding` with a quantized table (per channel: one scale per row); indices are not quantized."""
+
+    input_slots = ()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(
+            input,
+            apply(self.weight_quantizer, self.weight),
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )

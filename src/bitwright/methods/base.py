@@ -1,0 +1,45 @@
+"""What a method may do in a training step."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from bitwright.step import Step
+
+
+class Batch(NamedTuple):
+    """One batch of a step: inputs and targets as the model and the loss take them."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Method:
+    """A training method: override the hooks it needs, leave the others.
+
+    `Step` calls them in the order of its list of methods; a method holds no reference to a trainer.
+    """
+
+    name: str = ""
+
+    def losses(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
+        """Further scalar losses, already weighted, by name; `outputs` are the model's for `batch`."""
+        return {}
+
+    def backward(self, step: "Step") -> None:
+        """Fill the gradients of `step.batch`; at most one method may override this (two-pass methods do)."""
+        step.default_backward()
+
+    def after_step(self, step: "Step") -> None:
+        """After the optimizer has stepped."""
+
+    def after_epoch(self, metrics: dict[str, Any]) -> None:
+        """After an epoch; `metrics` may be read and extended."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the method remembers and a model's buffers do not hold (tensors and plain values)."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""

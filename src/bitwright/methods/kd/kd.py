@@ -1,0 +1,49 @@
+"""Knowledge distillation: the softened outputs of a teacher as targets."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitwright.errors import BitwrightError
+from bitwright.methods.base import Batch, Method
+
+
+def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the batch; a scalar.
+
+    T^2 keeps the gradient's size when T changes (section 2 of the paper). `teacher` receives no gradient.
+
+    Args:
+        student, teacher: logits, shape (batch, ..., classes).
+        temperature: T > 0.
+    """
+    log_p = F.log_softmax(student.float() / temperature, -1)
+    log_q = F.log_softmax(teacher.detach().float() / temperature, -1)
+    rows = log_p.numel() // log_p.shape[-1]
+    return F.kl_div(log_p, log_q, reduction="sum", log_target=True) * (temperature**2 / rows)
+
+
+class KD(Method):
+    """Adds `weight * kd_loss` to the task loss.
+
+    Args:
+        teacher: the float partner or any model with the same classes; it is put in evaluation mode and its
+            parameters stop requiring gradients.
+        weight: factor of the loss. Default 1.
+        temperature: default 4, usual for CIFAR; ImageNet recipes use 1.
+    """
+
+    name = "kd"
+
+    def __init__(self, teacher: nn.Module, weight: float = 1.0, temperature: float = 4.0):
+        if not (weight >= 0 and temperature > 0):
+            raise BitwrightError(
+                f"kd: weight={weight}, temperature={temperature} is not accepted; use weight >= 0, temperature > 0"
+            )
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.weight, self.temperature = weight, temperature
+
+    def losses(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            target = self.teacher(batch.x)
+        return {"kd": self.weight * kd_loss(outputs, target, self.temperature)}

@@ -1,0 +1,127 @@
+"""`Quantizer`: one quantized tensor: a grid, an estimator, a bit-width, a signedness."""
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.errors import BitwrightError
+from bitwright.estimators import make_estimator
+from bitwright.grids import Affine, CodeRange, Shape, Stats, code_range, make_grid
+from bitwright.spec import MAX_BITS, MIN_BITS, QuantizerSpec
+
+
+class Quantizer(nn.Module):
+    """Fake quantization of one tensor.
+
+    Bit-width, signedness and whether it was calibrated are buffers, so a checkpoint is complete and compiled code
+    survives their change. `bits` is an int64 and `signed`, `calibrated` are bool tensors of shape (1,).
+
+    Args:
+        spec: what is asked for.
+        shape: the tensor's role, channels and size.
+
+    Attributes:
+        name: dotted name in the model, set by `prepare`, used in messages.
+        bypass: True lets tensors through unchanged (calibration and float probes); a plain Python switch.
+    """
+
+    bits: Tensor
+    signed: Tensor
+    calibrated: Tensor
+    code_lo: Tensor
+    code_hi: Tensor
+
+    def __init__(self, spec: QuantizerSpec, shape: Shape):
+        super().__init__()
+        self.spec, self.shape = spec, shape
+        self.name = ""
+        self.bypass = False
+        self.grid = make_grid(spec.grid, shape, spec.grid_options)
+        self.estimator = make_estimator(spec.estimator, spec.estimator_options)
+        signed = shape.role == "weight" if spec.signed is None else spec.signed
+        self.register_buffer("bits", torch.tensor([spec.bits]))
+        self.register_buffer("signed", torch.tensor([signed]))
+        self.register_buffer("calibrated", torch.tensor([False]))
+        # Derived from bits and signed, kept apart so that the forward pass need not compute them.
+        self.register_buffer("code_lo", torch.zeros(1), persistent=False)
+        self.register_buffer("code_hi", torch.zeros(1), persistent=False)
+        self._refresh()
+        self.set_learned(spec.learn is not False)
+
+    def _refresh(self) -> None:
+        """Bring everything derived from the buffers in line with them."""
+        self._signed, self._ready = bool(self.signed.item()), bool(self.calibrated.item())
+        codes = code_range(int(self.bits.item()), self._signed)
+        self.code_lo.copy_(codes.lo)
+        self.code_hi.copy_(codes.hi)
+        self._zero = codes.zero
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._refresh()
+
+    @property
+    def codes(self) -> CodeRange:
+        """The codes of the present bit-width; its tensors live where the quantizer lives."""
+        return CodeRange(self.code_lo, self.code_hi, self._zero, self._signed)
+
+    def set_learned(self, learned: bool) -> None:
+        """Whether the grid's parameters receive gradients."""
+        for parameter in self.grid.parameters():
+            parameter.requires_grad_(learned)
+
+    @torch.no_grad()
+    def set_bits(self, bits: int) -> None:
+        """Change the bit-width (1 to 8) in place; the grid's scale follows (the clipping bound stays).
+
+        Raises:
+            BitwrightError: `bits` is outside 1 to 8.
+        """
+        if not MIN_BITS <= bits <= MAX_BITS:
+            raise BitwrightError(f"{self.name or 'quantizer'}: bits={bits} is not accepted; use 1 to 8")
+        old = CodeRange(self.code_lo.clone(), self.code_hi.clone(), self._zero, self._signed)
+        self.bits.fill_(bits)
+        self._refresh()
+        self.grid.rescale(old, self.codes)
+
+    @torch.no_grad()
+    def initialize(self, stats: Stats) -> None:
+        """Set signedness (unless the spec fixes it) and the grid's parameters from statistics."""
+        if self.spec.signed is None and self.shape.role == "input":
+            self.signed.fill_(bool((stats.minimum < 0).any()))
+        self.calibrated.fill_(True)
+        self._refresh()
+        self.grid.initialize(stats, self.codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` (any shape, floating point) on the grid; the same shape.
+
+        Raises:
+            BitwrightError: the quantizer was never calibrated and no calibrated state was loaded.
+        """
+        if self.bypass:
+            return x
+        if not self._ready:
+            raise BitwrightError(
+                f"{self.name or 'quantizer'} is not calibrated; call bitwright.calibrate(model, batches) first"
+            )
+        return self.grid(x, self.codes, self.estimator)
+
+    def affine(self, x: Tensor | None = None) -> Affine:
+        """Scale, zero point and code bounds now; for weights pass the weight."""
+        return self.grid.affine(x, self.codes)
+
+    @torch.no_grad()
+    def integer_codes(self, x: Tensor) -> Tensor:
+        """The codes of `x` as int32, same shape: (codes - zero) * scale are the values that `forward` gives."""
+        affine = self.affine(x if self.shape.role == "weight" else None)
+        scale = self._broadcast(affine.scale, x.ndim)
+        zero = self._broadcast(affine.zero, x.ndim)
+        k = (self.grid.transform(x, self.codes) / scale + zero).round().clamp(affine.lo, affine.hi)
+        return k.to(torch.int32)
+
+    def _broadcast(self, t: Tensor, ndim: int) -> Tensor:
+        return self.shape.broadcast(t, ndim) if t.numel() > 1 else t
+
+    def extra_repr(self) -> str:
+        sign = "signed" if self._signed else "unsigned"
+        return f"bits={int(self.bits.item())}, {sign}, channels={self.shape.channels}"

@@ -1,0 +1,143 @@
+"""Which layers get which quantizers: an ordered list of rules, a later one wins."""
+
+import difflib
+import fnmatch
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator
+from torch import nn
+
+from bitwright.errors import BitwrightError
+from bitwright.layers import Add, QuantEmbedding, quantizable
+from bitwright.layers.attention import PRODUCT_SLOTS
+from bitwright.layers.base import QuantLayer
+from bitwright.spec import QuantizerSpec
+
+
+class Rule(BaseModel):
+    """Quantizers for the layers that `match` names.
+
+    A field that is not given leaves what earlier rules said; a field given as None makes that tensor float.
+
+    Attributes:
+        match: one or more of: a glob over dotted module names (`layer1.*.conv1`; `*` also crosses dots),
+            `first` or `last` (the first and the last convolution or linear layer in the order of
+            definition), `type:NAME` (class name, for example `type:Linear`).
+        weight: quantizer of weights.
+        input: quantizer of layer inputs (embeddings have none).
+        attention: quantizer of the four operands of attention products.
+        residual: quantizer of both operands of `bitwright.layers.Add`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    match: tuple[str, ...]
+    weight: QuantizerSpec | None = None
+    input: QuantizerSpec | None = None
+    attention: QuantizerSpec | None = None
+    residual: QuantizerSpec | None = None
+
+    @field_validator("match", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+def rules(bits: str, *, ends: int | None = 8, grid: str = "lsq", estimator: str = "clipped_ste") -> list[Rule]:
+    """The usual rules in one call: `rules("w4a4")` quantizes every layer, with the two ends at `ends` bits.
+
+    Args:
+        bits: `wNaM`, N and M from 1 to 8: weights at N bits, inputs and attention products at M.
+        ends: bit-width of the first and the last layer; None treats them like the rest. Default 8, the
+            field's convention, which costs little and protects accuracy.
+        grid, estimator: names for every quantizer (see `QuantizerSpec`).
+
+    Raises:
+        BitwrightError: `bits` does not have the form `wNaM`.
+    """
+    parts = bits.lower().removeprefix("w").split("a")
+    if not bits.lower().startswith("w") or len(parts) != 2 or not all(p in list("12345678") for p in parts):
+        raise BitwrightError(f"bits {bits!r} is not accepted; use wNaM with N and M from 1 to 8, such as 'w4a4'")
+
+    def spec(width: int) -> QuantizerSpec:
+        return QuantizerSpec.model_validate({"bits": width, "grid": grid, "estimator": estimator})
+
+    weight, inputs = spec(int(parts[0])), spec(int(parts[1]))
+    found = [Rule(match=("*",), weight=weight, input=inputs, attention=inputs)]
+    if ends is not None:
+        found.append(Rule(match=("first", "last"), weight=spec(ends), input=spec(ends)))
+    return found
+
+
+def weight_layers(model: nn.Module) -> list[str]:
+    """Names of convolutions and linear layers that can be quantized, in the order of definition."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
+    return [n for n, m in model.named_modules() if isinstance(m, kinds) and quantizable(m)]
+
+
+def matches(pattern: str, name: str, module: nn.Module, ends: dict[str, str]) -> bool:
+    """Whether one pattern of a rule names this module; `ends` maps `first` and `last` to names."""
+    if pattern in ends:
+        return name == ends[pattern]
+    if pattern.startswith("type:"):
+        return type(module).__name__ in (pattern[5:], "Quant" + pattern[5:])
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def slot_field(slot: str, module: nn.Module) -> str:
+    """The field of `Rule` that rules over `slot` of `module`."""
+    if slot in PRODUCT_SLOTS:
+        return "attention"
+    if isinstance(module, Add):
+        return "residual"
+    return "weight" if slot == "weight_quantizer" else "input"
+
+
+def resolve(model: nn.Module, rules: list[Rule]) -> dict[str, dict[str, QuantizerSpec]]:
+    """What every layer gets: {layer name: {rule field: spec}}; layers that stay float are absent.
+
+    Raises:
+        BitwrightError: a pattern names no layer that could be quantized.
+    """
+    candidates = {n: m for n, m in model.named_modules() if quantizable(m)}
+    ordered = weight_layers(model)
+    ends = {"first": ordered[0], "last": ordered[-1]} if ordered else {}
+    found: dict[str, dict[str, QuantizerSpec | None]] = {name: {} for name in candidates}
+    for index, rule in enumerate(rules):
+        for pattern in rule.match:
+            hit = [n for n, m in candidates.items() if matches(pattern, n, m, ends)]
+            if not hit:
+                raise BitwrightError(no_match(index, pattern, model, list(candidates)))
+            for name in hit:
+                for field in rule.model_fields_set - {"match"}:
+                    found[name][field] = getattr(rule, field)
+    return {
+        name: kept
+        for name, fields in found.items()
+        if (kept := {f: s for f, s in fields.items() if s is not None and applies(f, candidates[name])})
+    }
+
+
+def applies(field: str, module: nn.Module) -> bool:
+    """Whether a layer of this kind has a tensor of that kind."""
+    if isinstance(module, Add):
+        return field == "residual"
+    if field == "residual":
+        return False
+    if field == "attention":
+        slots = getattr(module, "input_slots", ()) if isinstance(module, QuantLayer) else ()
+        is_attention = isinstance(module, nn.MultiheadAttention) or type(module).__name__ == "Attention"
+        return is_attention or "attention_quantizer" in slots
+    if type(module).__name__ in ("Attention", "QuantTimmAttention"):
+        return False
+    return not (field == "input" and isinstance(module, nn.Embedding | QuantEmbedding))
+
+
+def no_match(index: int, pattern: str, model: nn.Module, candidates: list[str]) -> str:
+    """The message for a pattern without a layer."""
+    if pattern in dict(model.named_modules()):
+        kind = type(model.get_submodule(pattern)).__name__
+        return f"rules[{index}].match: {pattern!r} is a {kind}, which cannot be quantized"
+    close = difflib.get_close_matches(pattern, candidates, n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else f"layers are {', '.join(candidates[:6])} ..."
+    return f"rules[{index}].match: {pattern!r} names no layer of the model; {hint}"

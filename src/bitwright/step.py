@@ -1,0 +1,131 @@
+"""`Step`: one training step with any methods."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.errors import BitwrightError
+from bitwright.methods.base import Batch, Method
+
+
+@dataclass
+class StepResult:
+    """What a step did: detached total loss, detached losses by name, detached outputs."""
+
+    loss: Tensor
+    losses: dict[str, Tensor]
+    outputs: Tensor
+
+
+class Step:
+    """Forward, losses, backward, optimizer and methods of one batch: `result = step(x, y)`.
+
+    Args:
+        model: prepared model (or any module) that maps x to outputs.
+        loss_fn: `(outputs, y) -> scalar`, the task loss.
+        optimizer: any torch optimizer over the model's parameters.
+        methods: training methods; their hooks run in this order.
+        amp_dtype: autocast dtype of forward passes and losses, for example `torch.bfloat16`; None: off.
+        clip_norm: largest gradient norm; None: no clipping.
+        accumulate: batches per optimizer step; losses are divided by it.
+
+    Attributes:
+        batch, result: the present batch and the losses of its forward pass, for methods.
+        steps: optimizer steps taken so far.
+
+    Raises:
+        BitwrightError: two methods own the backward pass, or two losses share a name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        methods: Sequence[Method] = (),
+        *,
+        amp_dtype: torch.dtype | None = None,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+    ):
+        owners = [m for m in methods if type(m).backward is not Method.backward]
+        if len(owners) > 1:
+            names = " and ".join(m.name or type(m).__name__ for m in owners)
+            raise BitwrightError(f"methods: {names} both own the backward pass; use one of them")
+        self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
+        self.methods = list(methods)
+        self.amp_dtype, self.clip_norm, self.accumulate = amp_dtype, clip_norm, accumulate
+        self._owner = owners[0] if owners else None
+        self.steps, self._micro = 0, 0
+        self.batch: Batch | None = None
+        self.result: StepResult | None = None
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The autocast context of this step for tensors on `device`."""
+        return torch.autocast(device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def forward_loss(self, batch: Batch) -> Tensor:
+        """The total loss of `batch` with its graph; also sets `self.result`. The model runs once."""
+        with self.autocast(batch.x.device):
+            outputs = self.model(batch.x)
+            losses = {"task": self.loss_fn(outputs, batch.y)}
+            for method in self.methods:
+                more = method.losses(batch, outputs)
+                taken = losses.keys() & more.keys()
+                if taken:
+                    raise BitwrightError(f"methods: the loss name {min(taken)!r} is used twice")
+                losses.update(more)
+        total = torch.stack([v.float() for v in losses.values()]).sum()
+        self.result = StepResult(total.detach(), {k: v.detach() for k, v in losses.items()}, outputs.detach())
+        return total
+
+    def default_backward(self) -> None:
+        """One forward and one backward pass over the present batch."""
+        assert self.batch is not None
+        (self.forward_loss(self.batch) / self.accumulate).backward()
+
+    def __call__(self, x: Tensor, y: Tensor) -> StepResult:
+        """Train on one batch; every `accumulate`-th call steps the optimizer and runs `after_step` hooks."""
+        self.batch = Batch(x, y)
+        if self._owner is None:
+            self.default_backward()
+        else:
+            self._owner.backward(self)
+        self._micro += 1
+        if self._micro % self.accumulate == 0:
+            if self.clip_norm is not None:
+                parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+                torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.steps += 1
+            for method in self.methods:
+                method.after_step(self)
+        assert self.result is not None
+        return self.result
+
+    def end_epoch(self, metrics: dict[str, Any]) -> None:
+        """Run the methods' `after_epoch` hooks."""
+        for method in self.methods:
+            method.after_epoch(metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and the methods' state, in the order of the methods."""
+        return {
+            "steps": self.steps,
+            "micro": self._micro,
+            "methods": [m.state_dict() for m in self.methods],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave; the same methods must have been given, in the same order."""
+        if len(state["methods"]) != len(self.methods):
+            raise BitwrightError(
+                f"checkpoint holds the state of {len(state['methods'])} methods, the run has {len(self.methods)}"
+            )
+        self.steps, self._micro = int(state["steps"]), int(state["micro"])
+        for method, saved in zip(self.methods, state["methods"], strict=True):
+            method.load_state_dict(saved)
