@@ -3,6 +3,7 @@
 Every estimator is a module called as `estimator(v, lo, hi) -> k`: `v` are values in units of codes (any shape),
 `lo` and `hi` (shape (1,)) the smallest and largest code, and `k` the integer codes `round(clip(v, lo, hi))`,
 exact in floating point (ties to even). Estimators differ in the gradient that `v` receives, and in nothing else.
+A `kernel_rule` names the fused kernels' form of the same gradient, where they have it.
 """
 
 from typing import Any

@@ -22,6 +22,7 @@ class EWGS(nn.Module):
     """
 
     delta: Tensor
+    kernel_rule = "ewgs"
 
     def __init__(self, delta: float = 1e-3):
         super().__init__()

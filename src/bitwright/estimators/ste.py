@@ -16,6 +16,8 @@ def round_clipped(v: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
 class ClippedSTE(nn.Module):
     """dk/dv = 1 for lo <= v <= hi, 0 outside: the estimator of LSQ, PACT and DoReFa."""
 
+    kernel_rule = "clipped_ste"
+
     def forward(self, v: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
         return round_clipped(v, lo, hi)[0]
 
@@ -27,6 +29,7 @@ class STE(nn.Module):
     """
 
     through_clip = True
+    kernel_rule = "ste"
 
     def forward(self, v: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
         return round_clipped(v, lo, hi)[0]

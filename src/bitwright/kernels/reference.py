@@ -32,4 +32,5 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | float, lo: Tensor, hi
         # letting it through v = x / scale would push the scale away from the values that it clips.
         outside = ((v < lo) | (v > hi)).to(x.dtype)
         y = y + (x - x.detach()) * outside
-    return y
+    # Under autocast the scale is float32 and `x` may be bfloat16: the next layer would narrow `y` anyway.
+    return y if y.dtype == x.dtype else y.to(x.dtype)

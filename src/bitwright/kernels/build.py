@@ -1,0 +1,73 @@
+"""Compile `fused.c` once per machine and load it; None where there is no compiler."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("fused.c")
+# Errno and trapping semantics keep rintf and selects out of vector code; neither changes a value.
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+
+logger = logging.getLogger("bitwright")
+
+
+def cache_folder() -> Path:
+    """Where the compiled library is kept: `$BITWRIGHT_CACHE`, else `~/.cache/bitwright`."""
+    return Path(os.environ.get("BITWRIGHT_CACHE", Path.home() / ".cache" / "bitwright")).expanduser()
+
+
+def machine_key() -> str:
+    """What a compiled file is valid for: source, flags and this processor's features."""
+    features = platform.machine() + platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        pass
+    return hashlib.sha256((SOURCE.read_text() + " ".join(FLAGS) + features).encode()).hexdigest()[:16]
+
+
+def compile_to(target: Path) -> str | None:
+    """Compile into `target` atomically; the reason why not, or None on success."""
+    compiler = os.environ.get("CC", "cc")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        reason = "no attempt"
+        # A compiler without OpenMP still gives the single-threaded kernel.
+        for openmp in (["-fopenmp"], []):
+            command = [compiler, *FLAGS, *openmp, "-o", str(made), str(SOURCE), "-lm"]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                return f"{compiler}: {error}"
+            if done.returncode == 0:
+                os.replace(made, target)
+                return None
+            reason = (done.stderr.strip().splitlines() or ["compiler failed"])[0]
+        return reason
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, built on first use; None where they cannot be built (said once, in the log).
+
+    `BITWRIGHT_KERNELS=reference` switches them off.
+    """
+    if os.environ.get("BITWRIGHT_KERNELS", "") == "reference":
+        return None
+    try:
+        path = cache_folder() / f"fused-{machine_key()}.so"
+        reason = None if path.exists() else compile_to(path)
+        if reason is None:
+            return ctypes.CDLL(str(path))
+    except OSError as error:
+        reason = str(error)
+    logger.warning("fused kernels are off, training is slower but the same: %s", reason)
+    return None
