@@ -1,0 +1,1 @@
+"""What the command line's trainer needs: models, data, optimizers, the loop, checkpoints."""
