@@ -12,8 +12,9 @@ from torch import Tensor
 
 from bitwright.kernels import reference
 from bitwright.kernels.reference import Rounding
+from bitwright.kernels.sources import Source, keep_sources, remember
 
-__all__ = ["Rounding", "fake_quantize", "fused_available", "reference_only"]
+__all__ = ["Rounding", "fake_quantize", "fused_available", "keep_sources", "reference_only"]
 
 _reference_depth = 0
 
@@ -47,7 +48,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | float, lo: Tensor, hi
 
         delta = rounding.delta if isinstance(getattr(rounding, "delta", None), Tensor) else lo
         rule = fused.RULES[getattr(rounding, "kernel_rule")]  # noqa: B009
-        return torch.ops.bitwright.fake_quantize(x, scale.reshape(-1), zero, lo, hi, delta, rule)
+        scale = scale.reshape(-1)
+        y = torch.ops.bitwright.fake_quantize(x, scale, zero, lo, hi, delta, rule)
+        return remember(y, Source(x.detach(), scale.detach(), float(zero), lo, hi, delta, rule))
     return reference.fake_quantize(x, scale, zero, lo, hi, rounding)
 
 

@@ -41,7 +41,8 @@ def forward_cpu(x: Tensor, scale: Tensor, zero: float, lo: Tensor, hi: Tensor, d
     """(round(clip(x / scale + zero, lo, hi)) - zero) * scale; see `bitwright.kernels.fake_quantize`.
 
     Args:
-        x: float32 or bfloat16, not empty, dense with axis 0 outermost (contiguous or channels_last). scale: (1,) or (x.shape[0],), float32.
+        x: float32 or bfloat16, not empty, dense with axis 0 outermost (contiguous or
+            channels_last). scale: (1,) or (x.shape[0],), float32.
         lo, hi, delta: (1,) float32; delta is the strength of the EWGS rule. rule: a value of `RULES`.
     """
     y = torch.empty_like(x)

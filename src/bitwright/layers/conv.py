@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitwright.grids import Shape
+from bitwright.kernels import keep_sources
 from bitwright.layers.base import QuantLayer, apply
 
 
@@ -15,7 +16,8 @@ class QuantConv1d(QuantLayer, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         x, w = apply(self.input_quantizer, input), apply(self.weight_quantizer, self.weight)
-        return self._conv_forward(x, w, self.bias)
+        with keep_sources(x, w):
+            return self._conv_forward(x, w, self.bias)
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
@@ -26,7 +28,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         x, w = apply(self.input_quantizer, input), apply(self.weight_quantizer, self.weight)
-        return self._conv_forward(x, w, self.bias)
+        with keep_sources(x, w):
+            return self._conv_forward(x, w, self.bias)
 
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:

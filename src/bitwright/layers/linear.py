@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitwright.grids import Shape
+from bitwright.kernels import keep_sources
 from bitwright.layers.base import QuantLayer, apply
 
 
@@ -15,7 +16,8 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         x, w = apply(self.input_quantizer, input), apply(self.weight_quantizer, self.weight)
-        return F.linear(x, w, self.bias)
+        with keep_sources(x, w):
+            return F.linear(x, w, self.bias)
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):

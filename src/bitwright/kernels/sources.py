@@ -1,0 +1,55 @@
+"""Keep what a quantized tensor was made from instead of the tensor itself, until the backward pass needs it."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Source(NamedTuple):
+    """The operands of one fused fake quantization. All of them live on anyway: its own backward keeps them."""
+
+    x: Tensor
+    scale: Tensor
+    zero: float
+    lo: Tensor
+    hi: Tensor
+    delta: Tensor
+    rule: int
+
+    def quantize(self) -> Tensor:
+        """The quantized tensor once more, to the last bit."""
+        with torch.no_grad():
+            return torch.ops.bitwright.fake_quantize(*self)
+
+
+def remember(y: Tensor, source: Source) -> Tensor:
+    """Note on `y` what it was made from. The note is lost with any further operation on `y`, as it must be."""
+    y.bitwright_source = source  # pyright: ignore[reportAttributeAccessIssue]
+    return y
+
+
+def keep_sources(*quantized: Tensor) -> AbstractContextManager[Any]:
+    """Operators in this context save the sources of `quantized` tensors for backward, not the tensors.
+
+    A layer that saves both its float input (for the quantizer's backward) and its quantized input (for the layer's)
+    keeps 1.5 times what the float layer keeps; with this it keeps the same, for one more forward quantization.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
+    found = {t.data_ptr(): (t, getattr(t, "bitwright_source", None)) for t in quantized}
+    found = {at: (t, source) for at, (t, source) in found.items() if source is not None}
+    if not found:
+        return nullcontext()
+    # Looked up by address within this context only, while `quantized` keeps the storages alive.
+    known = {at: (t.shape, t.stride(), t.dtype, source) for at, (t, source) in found.items()}
+
+    def pack(t: Tensor) -> Any:
+        shape, stride, dtype, source = known.get(t.data_ptr(), (None,) * 4)
+        return source if (t.shape, t.stride(), t.dtype) == (shape, stride, dtype) else t
+
+    def unpack(kept: Any) -> Tensor:
+        return kept.quantize() if isinstance(kept, Source) else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
