@@ -1,0 +1,68 @@
+"""Training methods by the names that recipes use."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from bitwright.errors import BitwrightError
+from bitwright.methods import KD, Method
+from bitwright.training.data import Dataset
+from bitwright.training.lookup import close_matches
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What a method may be built from.
+
+    model: prepared and calibrated, on the training device. partner: the float network in evaluation mode on the same
+    device, or None. dataset; batch_size: of the run. example: one batch of inputs on the device. steps: optimizer
+    steps of the whole run. epochs, seed: of the run.
+    """
+
+    model: nn.Module
+    partner: nn.Module | None
+    dataset: Dataset
+    batch_size: int
+    example: Tensor
+    steps: int
+    epochs: int
+    seed: int
+
+    def cost_table(self) -> Any:
+        """`bitwright.costs.cost_table` of the model at its present bit-widths."""
+        from bitwright.costs import cost_table
+
+        return cost_table(self.model, self.example[:1])
+
+    def need_partner(self, method: str) -> nn.Module:
+        """The partner. Raises: BitwrightError where the recipe has none."""
+        if self.partner is None:
+            raise BitwrightError(f"methods: {method} learns from a float partner; add 'partner:' to the recipe")
+        return self.partner
+
+
+def _kd(options: dict[str, Any], context: MethodContext) -> Method:
+    return KD(context.need_partner("kd"), **options)
+
+
+METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {"kd": _kd}
+
+
+def make_methods(wanted: list[dict[str, dict[str, Any]]], context: MethodContext) -> list[Method]:
+    """The methods of a recipe, in its order.
+
+    wanted: [{name: options}, …]. Raises: BitwrightError for an unknown name or option.
+    """
+    made = []
+    for index, entry in enumerate(wanted):
+        ((name, options),) = entry.items()
+        if name not in METHODS:
+            raise BitwrightError(f"methods.{index}: {name!r} is not accepted; {close_matches(name, METHODS)}")
+        try:
+            made.append(METHODS[name](options, context))
+        except TypeError as error:
+            reason = str(error).partition(") ")[2].replace("__init__() ", "") or str(error)
+            raise BitwrightError(f"methods.{index}.{name}: {reason}") from None
+    return made

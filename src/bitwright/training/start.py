@@ -1,0 +1,54 @@
+"""A run from its recipe, or from its folder."""
+
+from pathlib import Path
+from typing import Any
+
+from bitwright.training.checkpoint import write_atomic
+from bitwright.training.folder import RunFolder
+from bitwright.training.interrupt import StopSignals
+from bitwright.training.loop import Trainer
+from bitwright.training.partner import get_partner
+from bitwright.training.recipe import Recipe
+from bitwright.training.recipe_file import dump_recipe
+from bitwright.training.report import Reporter
+from bitwright.training.setup import choose_device, float_model, quantize, recipe_data, set_threads
+
+
+def train(
+    recipe: Recipe, out: Path, *, cache: Path | None, overwrite: bool, reporter: Reporter, stop: StopSignals
+) -> dict[str, Any]:
+    """Train `recipe` in the new folder `out`; returns the summary.
+
+    Data, model and rules are checked before the folder is touched.
+
+    Raises: see `Trainer.run`; BitwrightError for a folder that holds a run already, unless `overwrite`.
+    """
+    set_threads(recipe)
+    choose_device(recipe)
+    dataset = recipe_data(recipe, cache)
+    quantize(recipe, float_model(recipe, dataset, fresh=True))
+    folder = RunFolder(out)
+    folder.claim(overwrite=overwrite)
+    write_atomic(folder.recipe, dump_recipe(recipe))
+    return _run(recipe, folder, dataset, cache, reporter, stop)
+
+
+def resume(
+    root: Path, overrides: list[str], *, cache: Path | None, reporter: Reporter, stop: StopSignals
+) -> dict[str, Any]:
+    """Go on with the run in `root`, from its last checkpoint or, where it has none, from the start.
+
+    overrides: of `device`, `threads` and `data.dir` only.
+    """
+    folder = RunFolder(root)
+    recipe = folder.load_recipe(overrides)
+    set_threads(recipe)
+    return _run(recipe, folder, recipe_data(recipe, cache), cache, reporter, stop)
+
+
+def _run(
+    recipe: Recipe, folder: RunFolder, dataset: Any, cache: Path | None, reporter: Reporter, stop: StopSignals
+) -> dict[str, Any]:
+    partner = get_partner(recipe, dataset, cache=cache, reporter=reporter, stop=stop)
+    trainer = Trainer(recipe, dataset, folder, partner=partner, reporter=reporter, stop=stop)
+    return trainer.run(resume=folder.checkpoint.is_file())

@@ -1,0 +1,75 @@
+"""`summary.json`: what a finished run is, in one page."""
+
+import platform
+from typing import Any
+
+import torch
+from torch import nn
+
+import bitwright
+from bitwright.prepare import quantizers
+from bitwright.training.data import Dataset
+from bitwright.training.recipe import Recipe
+
+
+def layer_bits(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """Present bit-widths of weights and of inputs, by layer name; float tensors are absent.
+
+    A layer with several weight or several input quantizers is there once for each, as `layer.slot`.
+    """
+    found: dict[str, dict[str, int]] = {"weight": {}, "input": {}}
+    for name, quantizer in quantizers(model).items():
+        layer, _, slot = name.rpartition(".")
+        key = layer if slot in ("weight_quantizer", "input_quantizer") else name
+        found[quantizer.shape.role][key] = int(quantizer.bits.item())
+    return found["weight"], found["input"]
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on besides the recipe."""
+    return {"bitwright": bitwright.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The machine, as far as it decides times and last bits."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"device": str(device), "device_name": name, "threads": torch.get_num_threads()}
+
+
+def summarize(
+    recipe: Recipe,
+    model: nn.Module,
+    dataset: Dataset,
+    rows: list[dict[str, Any]],
+    *,
+    float_accuracy: float | None,
+    seconds: float,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The content of summary.json.
+
+    model: the trained network, as it is evaluated. rows: of metrics.jsonl. float_accuracy: of the partner; the key is
+    absent where there is none. seconds: of training and evaluation, over all sessions of the run.
+    """
+    from bitwright.costs import cost_table
+
+    costs = cost_table(model, next(iter(dataset.test_batches(batch_size=1, device=device)))[0])
+    weight_bits, input_bits = layer_bits(model)
+    accuracies = [row["accuracy"] for row in rows]
+    return {
+        "accuracy": accuracies[-1],
+        "accuracy_best": max(accuracies),
+        **({} if float_accuracy is None else {"float_accuracy": float_accuracy}),
+        "weight_bits": weight_bits,
+        "input_bits": input_bits,
+        "bitops": costs.bitops,
+        "size_bytes": costs.size_bytes,
+        "epochs": len(rows),
+        "train_seconds": round(seconds, 1),
+        "seed": recipe.seed,
+        "versions": versions(),
+        "environment": environment(device),
+        "data": dataset.name,
+        "model": recipe.model.name,
+        "recipe": recipe.digest(),
+    }
