@@ -25,6 +25,14 @@ static inline void store_bf16(bf16 *p, float v) {
     *p = (bf16)((v != v) ? 0x7fc0u : rounded);
 }
 
+/* v where `condition` holds, else 0: bits instead of a branch, which would keep the loop scalar. */
+static inline float keep_if(int condition, float v) {
+    union { float f; int32_t i; } u;
+    u.f = v;
+    u.i &= -(int32_t)(condition != 0);
+    return u.f;
+}
+
 /* Backward rules, in units of codes: c the clipped value, k its code, g the gradient of k. */
 enum { CLIPPED_STE = 0, EWGS = 1, STE = 2 };
 
@@ -66,7 +74,7 @@ enum { CLIPPED_STE = 0, EWGS = 1, STE = 2 };
                 c = c > hi ? hi : c;                                                                               \
                 const float k = rintf(c);                                                                          \
                 const float gk = rule == EWGS ? gi + per_range * fabsf(gi) * (c - k) : gi;                         \
-                const float gv = c == v ? gk : 0.0f;                                                               \
+                const float gv = keep_if(c == v, gk);                                                              \
                 STORE(dx + i, rule == STE ? gi : gv);                                                              \
                 part += gi * (k - zero) - gv * (c - zero);                                                         \
             }                                                                                                      \
