@@ -1,0 +1,132 @@
+"""The numbers of a deployed layer: integer weights, scales that absorb BatchNorm, biases on the runtime's grid."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.errors import BitwrightError
+from bitwright.quantizer import Quantizer
+
+# A bias may take this many steps of its grid at most; beyond, int32 accumulators could overflow.
+BIAS_LIMIT = 2**31 - 1
+# Below this share of the bias a channel's weights vanish in float32 already; such a channel is a constant.
+NEGLIGIBLE = 2.0**-26
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A quantized weight: value = numbers * scale, numbers = step * stored + offset.
+
+    numbers: integers, the weight's shape; int8 where they fit, else int16 (8-bit grids without a code for 0).
+    scale: (channels,) or (1,), float32, along axis 0; negative where a negative BatchNorm gain was absorbed.
+    bits: width of `stored`, which is what the file holds. step: 2 where the grid has no code for 0, else 1.
+    """
+
+    numbers: Tensor
+    scale: Tensor
+    bits: int
+    step: int
+    offset: int
+
+    @property
+    def stored(self) -> Tensor:
+        """Unsigned codes in [0, 2^bits - 1], uint8."""
+        return ((self.numbers.int() - self.offset) // self.step).to(torch.uint8)
+
+    def values(self) -> Tensor:
+        """The weight in float32, one multiplication per element, as any runtime dequantizes it."""
+        return self.numbers.float() * along_first(self.scale, self.numbers.ndim)
+
+
+def along_first(t: Tensor, ndim: int) -> Tensor:
+    """A (channels,) or (1,) vector viewed along axis 0 of `ndim` axes."""
+    return t.view(-1, *[1] * (ndim - 1))
+
+
+@torch.no_grad()
+def integer_weight(quantizer: Quantizer, weight: Tensor, name: str) -> Weight:
+    """The weight of a layer as integers.
+
+    The codes are read off the values of the training form, so that ties fall as they do in training.
+
+    Raises:
+        BitwrightError: a zero point is neither whole nor half, or the weight is not finite.
+    """
+    affine = quantizer.affine(weight)
+    values = quantizer(weight).detach().double()
+    if not bool(torch.isfinite(values).all()):
+        raise BitwrightError(f"{name}: the weight holds NaN or infinity")
+    scale, zero = affine.scale.double(), affine.zero.double()
+    step = 1 if bool((zero == zero.round()).all()) else 2
+    if zero.numel() > 1 or bool((zero * step != (zero * step).round()).any()):
+        raise BitwrightError(f"{name}: a weight's zero point must be one whole or half number, not {zero.tolist()[:3]}")
+    codes = (values / along_first(scale, weight.ndim) + zero).round().clamp(affine.lo, affine.hi)
+    numbers = step * (codes - zero)
+    small = bool((numbers >= -128).all() and (numbers <= 127).all())
+    offset = round(step * (affine.lo - float(zero)))
+    bits = (affine.hi - affine.lo).bit_length()
+    return Weight(numbers.to(torch.int8 if small else torch.int16), affine.scale.float() / step, bits, step, offset)
+
+
+@torch.no_grad()
+def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(factor, shift), float64: an evaluating BatchNorm is factor * x + shift per channel."""
+    mean, variance = norm.running_mean.double(), norm.running_var.double()  # pyright: ignore
+    factor = (variance + norm.eps).rsqrt()  # pyright: ignore
+    shift = -mean * factor
+    if norm.weight is not None:
+        gain, bias = norm.weight.double(), norm.bias.double()  # pyright: ignore
+        factor, shift = factor * gain, shift * gain + bias
+    return factor, shift
+
+
+@torch.no_grad()
+def folded_bias(bias: Tensor | None, norm: nn.Module | None) -> Tensor | None:
+    """The layer's bias after folding, (channels,) float64, or None where there is none."""
+    if norm is None:
+        return None if bias is None else bias.double()
+    factor, shift = norm_affine(norm)
+    return shift if bias is None else bias.double() * factor + shift
+
+
+def folded_weight(weight: Weight, norm: nn.Module | None) -> Weight:
+    """`weight` with the norm's factor in its scales, which become per channel."""
+    if norm is None:
+        return weight
+    return replace(weight, scale=(norm_affine(norm)[0] * weight.scale.double()).float())
+
+
+@torch.no_grad()
+def on_bias_grid(weight: Weight, bias: Tensor, input_scale: Tensor, reach: int) -> tuple[Weight, Tensor | None]:
+    """A convolution's bias as integers on the grid input_scale * weight.scale, which int32 accumulators add.
+
+    A channel whose weights vanish beside its bias (an all-zero filter, a norm with zero gain) would need a step
+    near 0: it becomes a constant, with weights 0 and a step that suits the bias.
+
+    Args:
+        weight: after folding.
+        bias: (channels,) float64, after folding.
+        input_scale: (1,).
+        reach: largest |integer| that an input can be.
+
+    Returns:
+        The weight and the integer bias, (channels,) int64; None where some channel has no such grid, so that the
+        bias must be added in floating point.
+    """
+    scale = weight.scale.double().expand(bias.shape[0]).clone()
+    unit = input_scale.double()
+    most = weight.numbers.flatten(1).abs().sum(1, dtype=torch.int64).double() * reach
+    silent = most * (unit * scale).abs() <= NEGLIGIBLE * bias.abs()
+    numbers = weight.numbers
+    if bool(silent.any()) and weight.step == 1:
+        numbers = torch.where(along_first(silent, numbers.ndim), 0, numbers).to(numbers.dtype)
+        most = torch.where(silent, 0.0, most)
+        own = torch.where(bias == 0, 1.0, bias.abs() / (unit * 2**20))
+        scale = torch.where(silent, own, scale)
+        weight = replace(weight, numbers=numbers, scale=scale.float())
+        scale = weight.scale.double()
+    codes = (bias / (unit * scale)).round()
+    if not bool(((codes.abs() + most) < BIAS_LIMIT).all()):  # NaN (0 / 0) is refused here as well
+        return weight, None
+    return weight, codes.to(torch.int64)

@@ -1,0 +1,312 @@
+"""From placeholder nodes to standard ONNX: QuantizeLinear, Clip, DequantizeLinear, Conv, MatMul, Gather.
+
+Tensor names carry the names of the training form: `<quantizer>.codes` are a quantizer's codes, `<layer>.weight` the
+dequantized weight, so that `verify` can ask for them by name.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from bitwright.deploy.integer import DOMAIN, InputCodes, IntConv, IntEmbedding, IntLayer, IntLinear
+from bitwright.deploy.packing import OPSET, field_widths, function_name, pack_fields, pack_int4, unpack_function
+from bitwright.errors import BitwrightError
+
+PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """How one layer's weight lies in the file. packing: "int8", "int4", "fields 2+1", …, or "float32"."""
+
+    name: str
+    bits: int
+    packing: str
+    weights: int
+    size_bytes: int
+
+
+@dataclass
+class Lowering:
+    """The ONNX graph under construction."""
+
+    layers: dict[str, IntLayer]
+    quantizers: dict[str, InputCodes]
+    nodes: list[NodeProto] = field(default_factory=list)
+    initializers: dict[str, TensorProto] = field(default_factory=dict)
+    functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
+    files: dict[str, LayerFile] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def node(self, kind: str, inputs: list[str], output: str, **attributes) -> str:
+        """Append a node named as its output; returns that name."""
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    def constant(self, name: str, values: np.ndarray) -> str:
+        """An initializer, made once per name."""
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+        return name
+
+    def scalar(self, value: float, dtype: type) -> str:
+        """A shared scalar constant."""
+        return self.constant(f"{np.dtype(dtype).name}_{value}", np.array(value, dtype))
+
+    def call(self, name: str) -> str:
+        """`name`, or `name:1`, `name:2`, … for a module that the graph calls again."""
+        self.calls[name] += 1
+        return name if self.calls[name] == 1 else f"{name}:{self.calls[name] - 1}"
+
+    def quantized(self, codes: InputCodes, x: str, pads: list[int] | None = None, mode: str = "") -> str:
+        """Quantize `x`; returns the dequantized tensor. With `pads` the codes are padded in between."""
+        at = self.call(codes.name)
+        dtype = np.uint8 if codes.lo >= 0 else np.int8
+        info = np.iinfo(dtype)
+        per_axis = {} if codes.per_tensor else {"axis": codes.axis}
+        scale_values = codes.scale.numpy() if not codes.per_tensor else codes.scale.numpy().reshape(())
+        scale = self.constant(f"{codes.name}.scale", scale_values)
+        zero = self.zero_point(codes, dtype)
+        narrow = (codes.lo, codes.hi) != (info.min, info.max)
+        out = f"{at}.codes"
+        if codes.whole:
+            k = self.node("QuantizeLinear", [x, scale, zero], f"{at}.q" if narrow else out, **per_axis)
+        else:
+            # A fractional zero point is added in floating point, as in training, and rounded afterwards.
+            v = self.node("Div", [x, self.spread(codes, codes.scale, "scale")], f"{at}.steps")
+            v = self.node("Add", [v, self.spread(codes, codes.zero, "zero")], f"{at}.shifted")
+            unit, none = self.scalar(1.0, np.float32), self.scalar(0, dtype)
+            k = self.node("QuantizeLinear", [v, unit, none], f"{at}.q" if narrow else out)
+        if narrow:
+            low = "" if codes.lo == info.min else self.scalar(codes.lo, dtype)
+            high = "" if codes.hi == info.max else self.scalar(codes.hi, dtype)
+            k = self.node("Clip", [k, low, high] if high else [k, low], out)
+        if codes.whole:
+            if pads is not None:
+                k = self.padded(k, pads, mode, at)
+            return self.node("DequantizeLinear", [k, scale, zero], f"{at}.value", **per_axis)
+        number = self.node("Cast", [k], f"{at}.number", to=TensorProto.FLOAT)
+        number = self.node("Sub", [number, self.spread(codes, codes.zero, "zero")], f"{at}.centered")
+        value = self.node("Mul", [number, self.spread(codes, codes.scale, "scale")], f"{at}.value")
+        return value if pads is None else self.padded(value, pads, mode, at)
+
+    def zero_point(self, codes: InputCodes, dtype: type) -> str:
+        """The zero points of a quantizer, in its container."""
+        zero = codes.zero.numpy().round() if codes.whole else np.zeros(1)
+        if codes.per_tensor:
+            return self.scalar(int(zero[0]), dtype)
+        values = np.broadcast_to(zero, codes.scale.shape).astype(dtype)
+        return self.constant(f"{codes.name}.zero_point", values)
+
+    def spread(self, codes: InputCodes, t: Tensor, what: str) -> str:
+        """Per-channel numbers of a quantizer shaped to broadcast against its tensor."""
+        values = t.numpy()
+        if values.size > 1:
+            values = values.reshape(-1, *[1] * (-codes.axis - 1))
+        return self.constant(f"{codes.name}.{what}_spread", values)
+
+    def padded(self, x: str, pads: list[int], mode: str, at: str) -> str:
+        """`x` padded at its spatial axes."""
+        half = len(pads) // 2
+        full = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
+        return self.node("Pad", [x, self.constant(f"{at}.pads", full)], f"{at}.padded", mode=PAD_MODES[mode])
+
+    def unpacked(self, layer: IntLayer, transpose: bool) -> str:
+        """The integer weight (FLOAT where it does not fit INT8), stored at its own width; made once per layer."""
+        weight, name = layer.packed, layer.name
+        assert weight is not None
+        out = f"{name}.weight_codes"
+        if name in self.files:
+            return out
+        numbers = weight.numbers.numpy()
+        stored = weight.stored.numpy()
+        if transpose:
+            numbers, stored = numbers.T, stored.T
+        if weight.bits == 8 and numbers.dtype == np.int8:
+            self.constant(out, numbers)
+            packing, size = "int8", numbers.size
+        elif weight.bits == 4 and weight.step == 1 and numbers.min() >= -8 and numbers.max() <= 7:
+            packed = f"{name}.weight_int4"
+            raw = pack_int4(numbers)
+            self.initializers[packed] = helper.make_tensor(packed, TensorProto.INT4, numbers.shape, raw, raw=True)
+            self.node("Cast", [packed], out, to=TensorProto.INT8)
+            packing, size = "int4", len(raw)
+        else:
+            target = TensorProto.INT8 if numbers.dtype == np.int8 else TensorProto.FLOAT
+            fields = pack_fields(stored, weight.bits)
+            widths = field_widths(weight.bits)
+            names = [self.constant(f"{name}.weight_u{w}", f) for w, f in zip(widths, fields, strict=True)]
+            shape = self.constant(f"shape_{'x'.join(map(str, numbers.shape))}", np.array(numbers.shape, np.int64))
+            numbers_of = [self.scalar(weight.step, np.int32), self.scalar(weight.offset, np.int32)]
+            kind = function_name(weight.bits, target)
+            self.functions.setdefault(kind, unpack_function(weight.bits, target))
+            self.node(kind, [*names, shape, *numbers_of], out, domain=DOMAIN)
+            packing, size = "fields " + "+".join(map(str, widths)), sum(f.nbytes for f in fields)
+        self.files[name] = LayerFile(name, weight.bits, packing, numbers.size, size)
+        return out
+
+    def weight(self, layer: IntLayer, transpose: bool = False) -> str:
+        """The dequantized weight of a layer; `transpose`: (out, in) as (in, out) for MatMul."""
+        name, out = layer.name, f"{layer.name}.weight"
+        if name in self.files:
+            return out
+        if layer.packed is None:
+            values = layer.values.numpy()
+            self.files[name] = LayerFile(name, 32, "float32", values.size, values.nbytes)
+            return self.constant(out, values.T if transpose else values)
+        codes = self.unpacked(layer, transpose)
+        values = layer.packed.scale.numpy()
+        axis = 1 if transpose else 0
+        ndim = layer.packed.numbers.ndim
+        if layer.packed.numbers.dtype == np.int8 or str(layer.packed.numbers.dtype) == "torch.int8":
+            scale = self.constant(f"{name}.weight_scale", values if values.size > 1 else values.reshape(()))
+            per_axis = {"axis": axis} if values.size > 1 else {}
+            return self.node("DequantizeLinear", [codes, scale], out, **per_axis)
+        view = values.reshape(1, -1) if transpose else values.reshape(-1, *[1] * (ndim - 1))
+        return self.node("Mul", [codes, self.constant(f"{name}.weight_scale", view)], out)
+
+    def conv(self, layer: IntConv, at: str, x: str, y: str, pads: list[int]) -> None:
+        """A convolution; its bias is an int32 tensor where integer kernels can add it."""
+        codes, mode = layer.input_quantizer, layer.padding_mode
+        apart = pads if any(pads) and mode != "zeros" else None
+        if codes is not None:
+            x = self.quantized(codes, x, apart, mode)
+        elif apart is not None:
+            x = self.padded(x, pads, mode, at)
+        inputs = [x, self.weight(layer)]
+        if layer.bias_codes is not None:
+            inputs.append(self.integer_bias(layer))
+        elif layer.bias is not None and layer.packed is None:
+            inputs.append(self.constant(f"{layer.name}.bias", layer.bias.numpy()))
+        late = layer.bias is not None and len(inputs) == 2
+        attributes = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
+        plain = {"strides": 1, "dilations": 1}
+        kept = {k: v for k, v in attributes.items() if k == "group" and v != 1 or k in plain and set(v) != {1}}
+        if apart is None and any(pads):
+            kept["pads"] = pads
+        self.nodes.append(helper.make_node("Conv", inputs, [f"{at}.sum" if late else y], name=at, **kept))
+        if late:
+            # Given to Conv, a runtime would round it to a grid too coarse or too fine for it.
+            view = layer.bias.numpy().reshape(-1, *[1] * len(layer.kernel_size))  # pyright: ignore
+            bias = self.constant(f"{layer.name}.bias", view)
+            self.nodes.append(helper.make_node("Add", [f"{at}.sum", bias], [y], name=f"{at}.add_bias"))
+
+    def integer_bias(self, layer: IntLayer) -> str:
+        """A bias on the grid of the layer's sums, dequantized."""
+        out = f"{layer.name}.bias"
+        if f"{out}_codes" in self.initializers:
+            return out
+        assert layer.input_quantizer and layer.packed and layer.bias_codes is not None
+        step = (layer.input_quantizer.scale.double() * layer.packed.scale.double()).float().numpy()
+        scale = self.constant(f"{out}_scale", step if step.size > 1 else step.reshape(()))
+        codes = self.constant(f"{out}_codes", layer.bias_codes.numpy().astype(np.int32))
+        return self.node("DequantizeLinear", [codes, scale], out, **({"axis": 0} if step.size > 1 else {}))
+
+    def linear(self, layer: IntLinear, at: str, x: str, y: str) -> None:
+        """A product without a quantized output, which runtimes compute on integers, and a float bias."""
+        if layer.input_quantizer is not None:
+            x = self.quantized(layer.input_quantizer, x)
+        weight = self.weight(layer, transpose=True)
+        last = f"{at}.sum" if layer.bias is not None else y
+        self.nodes.append(helper.make_node("MatMul", [x, weight], [last], name=at))
+        if layer.bias is not None:
+            bias = self.constant(f"{layer.name}.bias", layer.bias.numpy())
+            self.nodes.append(helper.make_node("Add", [last, bias], [y], name=f"{at}.add_bias"))
+
+    def embedding(self, layer: IntEmbedding, at: str, x: str, y: str) -> None:
+        """Rows of codes are gathered before they are scaled: the table stays packed integers in memory."""
+        if layer.packed is None:
+            self.nodes.append(helper.make_node("Gather", [self.weight(layer), x], [y], name=at))
+            return
+        codes = self.unpacked(layer, False)
+        values = layer.packed.scale.numpy()
+        scale = self.constant(f"{layer.name}.weight_scale", values[:, None] if values.size > 1 else values)
+        rows = self.node("Gather", [codes, x], f"{at}.rows")
+        rows = self.node("Cast", [rows], f"{at}.numbers", to=TensorProto.FLOAT)
+        if values.size > 1:
+            scale = self.node("Gather", [scale, x], f"{at}.scales")
+        self.nodes.append(helper.make_node("Mul", [rows, scale], [y], name=at))
+
+    def replace(self, node: NodeProto) -> None:
+        """Append what a placeholder stands for."""
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        name = attributes["name"].decode()
+        x, y = node.input[0], node.output[0]
+        if node.op_type == "Quantize":
+            value = self.quantized(self.quantizers[name], x)
+            self.nodes[-1].output[0] = y
+            assert value in self.nodes[-1].name
+            return
+        layer = self.layers[name]
+        at = self.call(name)
+        if isinstance(layer, IntConv):
+            self.conv(layer, at, x, y, list(attributes["pads"]))
+        elif isinstance(layer, IntLinear):
+            self.linear(layer, at, x, y)
+        elif isinstance(layer, IntEmbedding):
+            self.embedding(layer, at, x, y)
+        else:
+            raise BitwrightError(f"{name}: a {type(layer).__name__} cannot be written to ONNX")
+
+
+def lower(model: onnx.ModelProto, frozen: nn.Module) -> tuple[onnx.ModelProto, list[LayerFile]]:
+    """A new model with every placeholder replaced, free of metadata, and how each layer's weight is stored.
+
+    Args:
+        model: exported with placeholders; opset 21 or later.
+        frozen: the frozen form that was exported.
+    """
+    layers = {m.name: m for m in frozen.modules() if isinstance(m, IntLayer)}
+    codes = {m.name: m for m in frozen.modules() if isinstance(m, InputCodes)}
+    work = Lowering(layers, codes)
+    for node in model.graph.node:
+        if node.domain == DOMAIN:
+            work.replace(node)
+        else:
+            clean = NodeProto()
+            clean.CopyFrom(node)
+            del clean.metadata_props[:]
+            clean.doc_string = ""
+            work.nodes.append(clean)
+    kept = [strip(t) for t in model.graph.initializer]
+    graph = helper.make_graph(
+        work.nodes,
+        "network",
+        [bare(v) for v in model.graph.input],
+        [bare(v) for v in model.graph.output],
+        initializer=[*kept, *work.initializers.values()],
+    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    opsets += [helper.make_opsetid(DOMAIN, 1)] if work.functions else []
+    out = helper.make_model(
+        graph,
+        functions=list(work.functions.values()),
+        opset_imports=opsets,
+        ir_version=model.ir_version,
+        producer_name=DOMAIN,
+    )
+    return out, list(work.files.values())
+
+
+def strip(tensor: TensorProto) -> TensorProto:
+    """A copy without metadata."""
+    clean = TensorProto()
+    clean.CopyFrom(tensor)
+    del clean.metadata_props[:]
+    clean.doc_string = ""
+    return clean
+
+
+def bare(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
+    """A copy of an input or output without metadata; its free axis is called "batch"."""
+    clean = onnx.ValueInfoProto()
+    clean.name = value.name
+    clean.type.CopyFrom(value.type)
+    dims = clean.type.tensor_type.shape.dim
+    if dims and dims[0].dim_param:
+        dims[0].dim_param = "batch"
+    return clean
