@@ -2,7 +2,8 @@
 
 Every estimator is a module called as `estimator(v, lo, hi) -> k`: `v` are values in units of codes (any shape),
 `lo` and `hi` (shape (1,)) the smallest and largest code, and `k` the integer codes `round(clip(v, lo, hi))`,
-exact in floating point (ties to even). Estimators differ in the gradient that `v` receives, and in nothing else.
+exact in floating point (ties to even). Estimators differ in the gradient that `v` receives, and in nothing else;
+only PEGE, while training at a rate below 1, also leaves some elements unrounded.
 A `kernel_rule` names the fused kernels' form of the same gradient, where they have it.
 """
 
@@ -11,14 +12,15 @@ from typing import Any
 from bitwright.errors import BitwrightError
 from bitwright.estimators.dsq import DSQ
 from bitwright.estimators.ewgs import EWGS
+from bitwright.estimators.pege import PEGE
 from bitwright.estimators.ste import STE, ClippedSTE
 
-ESTIMATORS = {"ste": STE, "clipped_ste": ClippedSTE, "ewgs": EWGS, "dsq": DSQ}
+ESTIMATORS = {"ste": STE, "clipped_ste": ClippedSTE, "ewgs": EWGS, "dsq": DSQ, "pege": PEGE}
 
-__all__ = ["DSQ", "ESTIMATORS", "EWGS", "STE", "ClippedSTE", "make_estimator"]
+__all__ = ["DSQ", "ESTIMATORS", "EWGS", "PEGE", "STE", "ClippedSTE", "make_estimator"]
 
 
-def make_estimator(name: str, options: dict[str, Any]) -> STE | ClippedSTE | EWGS | DSQ:
+def make_estimator(name: str, options: dict[str, Any]) -> STE | ClippedSTE | EWGS | DSQ | PEGE:
     """The estimator called `name` with keyword `options`; BitwrightError for an unknown name or option."""
     if name not in ESTIMATORS:
         raise BitwrightError(f"estimator: {name!r} is unknown; accepted: {', '.join(sorted(ESTIMATORS))}")

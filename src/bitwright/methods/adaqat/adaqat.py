@@ -1,0 +1,397 @@
+"""AdaQAT: bit-widths learned by finite differences of the loss."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.constraints import Constraint
+from bitwright.errors import BitwrightError
+from bitwright.methods.adaqat.cost import FLOAT_BITS, LayerCost, Row, meet_budget, parse_budget, total
+from bitwright.methods.adaqat.rule import Width, relative_update, update
+from bitwright.methods.base import Method
+from bitwright.methods.probe import untouched, unwrap
+from bitwright.prepare import quant_layers
+from bitwright.quantizer import Quantizer
+from bitwright.rules import matches, weight_layers
+from bitwright.spec import MAX_BITS
+
+GRANULARITIES = ("network", "layer")
+BUDGET_RULES = ("pid", "dual")
+ROLES = ("weight", "input")
+
+
+class AdaQAT(Method):
+    """Learns the bits of weights and inputs while the network trains, outside the optimizer.
+
+    Every `every` steps the task loss of the present batch is taken at the present bits and with one bit less (for the
+    weights and for the inputs of one group of layers), without gradient and without a trace in the model; then
+    N <- N - eta ([L(b) - L(b - 1)] + lambda * cost of the bit), b = ceil(N).
+
+    Args:
+        model: prepared (and calibrated). Quantizers must follow a change of bits, as all of the library's do.
+        total_steps: optimizer steps of the whole training.
+        costs: a record with `name`, `macs`, `weights` per layer (`LayerCost`, a row of `bitwright.costs`, or a plain
+            triple); needed for a budget, otherwise it weighs layers by their MACs.
+        budget: None, or {"bitops": number, "size": bytes}, one or both, over the whole network; numbers or "0.51G",
+            "120KB". Met from below, within 1 % where an assignment of whole bits exists (per layer it nearly
+            always does). Needs `costs`.
+        lam: lambda; without a budget the fixed weight of b_w * b_a (default 0.02, the follow-up code's value: it
+            depends on the task loss's scale), with one the controller's start.
+        eta: step in bits. Default without a budget 0.1 (follow-up code); with one, twice what the way from
+            `start` to `floor` needs within the exploration, at most 1.
+        granularity: "network" (default; the paper: one width for weights, one for inputs) or "layer" (one pair per
+            layer; each update takes the next layer in turn).
+        every: steps between updates. Default 8; 1 is the paper's.
+        probe_fraction: share of the batch in the probes, default 1.
+        start: initial N; None keeps the bits of the rules (then give all learned layers of a role the same in
+            "network"). Default 8.
+        floor: fewest bits, 2 to 7. freeze_after: upward moves to one number of bits that are let pass; the next one
+            freezes it there (default 10, follow-up code).
+        warmup_steps: steps before the first update. None: 10 % of training.
+        freeze_at: fraction of training at which what still moves is frozen (and a budget met). Default 0.7.
+        fixed: patterns (as in rules) of layers whose bits are left alone. Default first and last.
+        rule: how a budget drives lambda, "pid" (default) or "dual" (`bitwright.constraints`). The target is
+            approached along a path, log-linear over the first 60 % of the exploration, lest the controller winds up.
+
+    Load a checkpoint's model state before the method's own state, into a method that has not run yet.
+
+    Metrics after an epoch: `adaqat/weight_bits`, `adaqat/input_bits` (means), `adaqat/frozen` (share), with `costs`
+    `adaqat/bitops` and `adaqat/size`, with a budget `adaqat/lambda_...`. `summary()` holds widths and their path.
+
+    Raises:
+        BitwrightError: a value is not accepted, nothing is left to learn, or the budget cannot be met.
+    """
+
+    name = "adaqat"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        costs: Sequence[Any] | None = None,
+        budget: dict[str, float | int | str] | None = None,
+        lam: float = 0.02,
+        eta: float | None = None,
+        granularity: str = "network",
+        every: int = 8,
+        probe_fraction: float = 1.0,
+        start: float | None = 8.0,
+        floor: int = 2,
+        freeze_after: int = 10,
+        warmup_steps: int | None = None,
+        freeze_at: float = 0.7,
+        fixed: Sequence[str] = ("first", "last"),
+        rule: str = "pid",
+    ):
+        require(granularity in GRANULARITIES, "granularity", granularity, "network or layer")
+        require(rule in BUDGET_RULES, "rule", rule, "pid or dual")
+        require(total_steps >= 1 and every >= 1, "total_steps, every", (total_steps, every), "whole numbers >= 1")
+        require(isinstance(floor, int) and 2 <= floor < MAX_BITS, "floor", floor, "2 to 7 (probes run one bit below)")
+        require(start is None or floor <= start <= MAX_BITS, "start", start, f"None or {floor} to {MAX_BITS}")
+        require(lam >= 0 and (lam > 0 or not budget), "lam", lam, "a number >= 0 (> 0 with a budget)")
+        require(eta is None or eta >= 0, "eta", eta, "a number >= 0")
+        require(0 < probe_fraction <= 1, "probe_fraction", probe_fraction, "0 < fraction <= 1")
+        require(0 < freeze_at <= 1, "freeze_at", freeze_at, "0 < fraction <= 1")
+        require(freeze_after >= 0, "freeze_after", freeze_after, "a whole number >= 0")
+        warmup = round(0.1 * total_steps) if warmup_steps is None else warmup_steps
+        self.deadline = max(1, round(freeze_at * total_steps))
+        require(0 <= warmup < self.deadline, "warmup_steps", warmup, f"less than the freeze at step {self.deadline}")
+        self.model = unwrap(model)
+        self.lam, self.every, self.fraction, self.floor = lam, every, probe_fraction, floor
+        self.freeze_after, self.warmup = freeze_after, warmup
+        self.budget = parse_budget(budget)
+        require(not self.budget or costs is not None, "costs", costs, "one record per layer, which a budget needs")
+        layers = self._learned_layers(list(fixed))
+        named = [("network", list(layers))] if granularity == "network" else [(n, [n]) for n in layers]
+        self.groups = [self._group(name, members, layers, start) for name, members in named]
+        records = [LayerCost(*c) if isinstance(c, tuple | list) else c for c in costs or []]
+        self.rows = self._rows(records, named)
+        self.shares = self._shares()
+        visits = (self.deadline - warmup) / (every * len(self.groups))
+        way = 2.0 * ((start or MAX_BITS) - floor) / max(visits, 1.0)
+        self.eta = eta if eta is not None else (min(1.0, way) if self.budget else 0.1)
+        self.constraints = {k: Constraint(v, rule, weight=lam, rate=lam) for k, v in self.budget.items()}
+        self._check_budget()
+        self.steps, self.turn, self.probes, self.done = 0, 0, 0, False
+        self.path: list[tuple[int, str, str, int]] = []
+        self.from_costs: dict[str, float] = {}
+        # A model that was loaded before gets its own back in `load_state_dict`, to the last bit.
+        self._loaded = [(q, copy.deepcopy(q.state_dict())) for w in self.widths() for q in w.quantizers]
+        for width in self.widths():
+            width.apply()
+            self.path.append((0, width.name, width.role, width.bits))
+
+    def _learned_layers(self, fixed: list[str]) -> dict[str, dict[str, list[Quantizer]]]:
+        """{layer: {"weight": quantizers, "input": quantizers}} of every layer that no pattern fixes."""
+        found = quant_layers(self.model)
+        ordered = weight_layers(self.model)
+        ends = {"first": ordered[0], "last": ordered[-1]} if ordered else {}
+        for pattern in fixed:
+            if not any(matches(pattern, n, m, ends) for n, m in self.model.named_modules()):
+                raise BitwrightError(f"adaqat: fixed: {pattern!r} names no layer of the model")
+        learned: dict[str, dict[str, list[Quantizer]]] = {}
+        for name, layer in found.items():
+            if any(matches(p, name, layer, ends) for p in fixed):
+                continue
+            quantizers = layer.quantizers()
+            roles = {
+                "weight": [q for slot, q in quantizers.items() if slot in layer.weight_slots],
+                "input": [q for slot, q in quantizers.items() if slot not in layer.weight_slots],
+            }
+            if roles["weight"] or roles["input"]:
+                learned[name] = roles
+        if not learned:
+            raise BitwrightError("adaqat: no quantized layer is left to learn; prepare the model, or fix fewer layers")
+        return learned
+
+    def _group(
+        self, name: str, members: list[str], layers: dict[str, dict[str, list[Quantizer]]], start: float | None
+    ) -> dict[str, Width]:
+        """The widths of one group by role; a role without quantizers is absent."""
+        group = {}
+        for role in ROLES:
+            found = [q for member in members for q in layers[member][role]]
+            if not found:
+                continue
+            bits = {int(q.bits.item()) for q in found}
+            if start is None and (len(bits) > 1 or min(bits) < self.floor):
+                raise BitwrightError(
+                    f"adaqat: {name}: {role} bits are {sorted(bits)} by the rules; with start=None they must be alike "
+                    f"and at least {self.floor}"
+                )
+            group[role] = Width(name, role, found, float(start if start is not None else bits.pop()))
+        return group
+
+    def _rows(self, records: list[Any], named: list[tuple[str, list[str]]]) -> list[Row]:
+        index = {member: i for i, (_, members) in enumerate(named) for member in members}
+        layers = quant_layers(self.model)
+        have = {record.name for record in records}
+        missing = [n for n in index if isinstance(layers[n].weight_quantizer, Quantizer) and n not in have]
+        if self.budget and missing:
+            raise BitwrightError(f"adaqat: costs has no record of layer {missing[0]!r}")
+        rows = []
+        for record in records:
+            layer = layers.get(record.name)
+            quantizers = {} if layer is None else layer.quantizers()
+            own: dict[str, int | None] = dict.fromkeys(ROLES, FLOAT_BITS)
+            for slot, quantizer in quantizers.items():
+                role = "weight" if layer is not None and slot in layer.weight_slots else "input"
+                own[role] = None if record.name in index else int(quantizer.bits.item())
+            rows.append(Row(int(record.macs), int(record.weights), index.get(record.name), own["weight"], own["input"]))
+        return rows
+
+    def _shares(self) -> list[float]:
+        """Each group's share of the MACs that are learned."""
+        macs = [float(sum(r.macs for r in self.rows if r.group == i)) for i in range(len(self.groups))]
+        if not all(macs):
+            return [1.0 / len(macs)] * len(macs)
+        return [m / sum(macs) for m in macs]
+
+    def _check_budget(self) -> None:
+        least = [self._pair(group, self.floor) for group in self.groups]
+        for kind, limit in self.budget.items():
+            if (cost := total(self.rows, kind, least)) > limit:
+                raise BitwrightError(
+                    f"adaqat: budget.{kind}={limit:g} cannot be met: with all learned layers at {self.floor} bits "
+                    f"it is {cost:g}"
+                )
+
+    @staticmethod
+    def _pair(group: dict[str, Width], bits: int | None = None) -> tuple[int, int]:
+        """(weight bits, input bits) of a group, now or with every learned width at `bits`; 32 where float."""
+        w, a = (FLOAT_BITS if r not in group else (bits or group[r].bits) for r in ROLES)
+        return w, a
+
+    def widths(self) -> list[Width]:
+        """Every learned width: by group, weights before inputs."""
+        return [w for group in self.groups for w in group.values()]
+
+    def cost(self, kind: str) -> float:
+        """ "bitops" or "size" (bytes) of the whole network at the present bits."""
+        return total(self.rows, kind, [self._pair(g) for g in self.groups])
+
+    def after_step(self, step: Any) -> None:
+        self._loaded = []
+        self.steps += 1
+        if self.done:
+            return
+        if self.steps >= self.deadline or all(w.frozen for w in self.widths()):
+            self._finish()
+        elif self.steps > self.warmup and (self.steps - self.warmup) % self.every == 0:
+            self._update(step)
+
+    def _update(self, step: Any) -> None:
+        """Probe the next group that still moves, and move it."""
+        while all(w.frozen for w in self.groups[self.turn % len(self.groups)].values()):
+            self.turn += 1
+        index = self.turn % len(self.groups)
+        self.turn += 1
+        group = self.groups[index]
+        moving = [w for w in group.values() if not w.frozen]
+        losses = self._agree(torch.stack([self._loss(step, w) for w in (None, *moving)]))
+        self._drive()
+        if not all(math.isfinite(v) for v in losses):
+            return
+        pair = self._pair(group)
+        slopes = [self._slope(index, w, pair) for w in moving]
+        for width, probe, slope in zip(moving, losses[1:], slopes, strict=True):
+            width.observe(losses[0], probe)
+            if self.budget and slope == 0:
+                continue  # no budget charges this width
+            if self.budget:
+                real = relative_update(width.real, losses[0], probe, slope, self.eta)
+            else:
+                share = self.shares[index]
+                real = update(width.real, losses[0], probe, self.lam * share, slope, self.eta / share)
+            self._move(width, real)
+
+    def _slope(self, index: int, width: Width, pair: tuple[int, int]) -> float:
+        """What one bit of `width` costs: the other operand's bits, or lambda times the share of the budgets."""
+        if not self.budget:
+            return float(pair[1] if width.role == "weight" else pair[0])
+        now = [self._pair(g) for g in self.groups]
+        less = list(now)
+        less[index] = (pair[0] - 1, pair[1]) if width.role == "weight" else (pair[0], pair[1] - 1)
+        gaps = {k: total(self.rows, k, now) - total(self.rows, k, less) for k in self.budget}
+        return sum(c.multiplier * gaps[k] / c.target for k, c in self.constraints.items())
+
+    def _move(self, width: Width, real: float) -> None:
+        before = width.bits
+        width.move(real, self.floor, self.freeze_after)
+        # Reaching the lower bound is convergence, unless a budget's lambda may still fall.
+        if not self.budget and width.real <= self.floor - 0.5:
+            width.freeze(self.floor)
+        if width.bits != before:
+            width.apply()
+            self.path.append((self.steps, width.name, width.role, width.bits))
+
+    @torch.no_grad()
+    def _loss(self, step: Any, width: Width | None) -> Tensor:
+        """Task loss of the present batch, with one bit less for `width`; the model is as before afterwards."""
+        x, y = step.batch
+        count = max(min(2, len(x)), round(self.fraction * len(x)))
+        self.probes += 1
+        with untouched(self.model), step.autocast(x.device):
+            if width is not None:
+                for quantizer in width.quantizers:
+                    quantizer.set_bits(width.bits - 1)
+            return step.loss_fn(step.model(x[:count]), y[:count]).float()
+
+    @staticmethod
+    def _agree(losses: Tensor) -> list[float]:
+        """The mean over distributed ranks, so that all make the same move."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(losses)
+            losses = losses / torch.distributed.get_world_size()
+        return losses.tolist()
+
+    def _drive(self) -> None:
+        """Move the multipliers; each target is approached log-linearly over 60 % of the exploration."""
+        progress = (self.steps - self.warmup) / (0.6 * (self.deadline - self.warmup))
+        for kind, constraint in self.constraints.items():
+            cost = self.cost(kind)
+            first = self.from_costs.setdefault(kind, cost)
+            way = max(math.log(first / constraint.target), 0.0) * max(1.0 - progress, 0.0)
+            constraint.update(cost, constraint.target * math.exp(way))
+
+    def _finish(self) -> None:
+        """Freeze everything; with a budget, at the nearest assignment that meets it."""
+        pairs = [self._pair(g) for g in self.groups]
+        if self.budget:
+            pairs = meet_budget(self.rows, pairs, self._curvatures(), self.budget, self.floor)
+        for group, pair in zip(self.groups, pairs, strict=True):
+            for width in group.values():
+                bits = pair[ROLES.index(width.role)]
+                if bits != width.bits:
+                    self.path.append((self.steps, width.name, width.role, bits))
+                width.freeze(bits)
+                width.apply()
+        self.done = True
+
+    def _curvatures(self) -> list[tuple[float | None, float | None]]:
+        """a of every width for `meet_budget`: measured, or the mean of the measured ones; None: not learned."""
+        measured = [max(c, 0.0) for w in self.widths() if (c := w.curvature) is not None]
+        mean = sum(measured) / len(measured) if any(measured) else 1.0
+        least = 1e-3 * mean  # a width that seemed harmless so far still is worth something
+
+        def one(group: dict[str, Width], role: str) -> float | None:
+            if role not in group:
+                return None
+            c = group[role].curvature
+            return mean if c is None else max(c, least)
+
+        return [(one(g, "weight"), one(g, "input")) for g in self.groups]
+
+    def after_epoch(self, metrics: dict[str, Any]) -> None:
+        widths = self.widths()
+        for role in ROLES:
+            bits = [w.bits for w in widths if w.role == role]
+            if bits:
+                metrics[f"adaqat/{role}_bits"] = sum(bits) / len(bits)
+        metrics["adaqat/frozen"] = sum(w.frozen for w in widths) / len(widths)
+        if self.rows:
+            metrics.update({f"adaqat/{kind}": self.cost(kind) for kind in ("bitops", "size")})
+        metrics.update({f"adaqat/lambda_{k}": c.multiplier for k, c in self.constraints.items()})
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values: widths {layer or "network": {role: bits}}, path [[step, name, role, bits]], cost, budget,
+        probes (forward passes made for probing) and frozen (whether nothing moves any more)."""
+        widths: dict[str, dict[str, int]] = {}
+        for width in self.widths():
+            widths.setdefault(width.name, {})[width.role] = width.bits
+        cost = {kind: self.cost(kind) for kind in ("bitops", "size")} if self.rows else {}
+        path = [list(p) for p in self.path]
+        frozen = all(w.frozen for w in self.widths())
+        return {
+            "widths": widths,
+            "path": path,
+            "cost": cost,
+            "budget": dict(self.budget),
+            "probes": self.probes,
+            "frozen": frozen,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        fields = ("real", "frozen", "arrivals", "fit_xy", "fit_xx")
+        return {
+            "counters": [self.steps, self.turn, self.probes, self.done],
+            "widths": [{f: getattr(w, f) for f in fields} for w in self.widths()],
+            "constraints": {k: c.state_dict() for k, c in self.constraints.items()},
+            "from_costs": dict(self.from_costs),
+            "path": [list(p) for p in self.path],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if len(state["widths"]) != len(self.widths()):
+            raise BitwrightError(
+                f"adaqat: the checkpoint holds {len(state['widths'])} widths, this run learns {len(self.widths())}"
+            )
+        self.steps, self.turn, self.probes, self.done = state["counters"]
+        for width, saved in zip(self.widths(), state["widths"], strict=True):
+            for key, value in saved.items():
+                setattr(width, key, dict(value) if key == "arrivals" else value)
+        wanted = {id(q): w.bits for w in self.widths() for q in w.quantizers}
+        for quantizer, before in self._loaded:
+            bits = wanted[id(quantizer)]
+            if int(quantizer.bits.item()) != bits and int(before["bits"].item()) == bits:
+                quantizer.load_state_dict(before)
+            if int(quantizer.bits.item()) != bits:
+                raise BitwrightError(
+                    f"adaqat: {quantizer.name} has {int(quantizer.bits.item())} bits where the checkpoint says {bits}; "
+                    "load the model's state before the method's"
+                )
+        self._loaded = []
+        for key, constraint in self.constraints.items():
+            constraint.load_state_dict(state["constraints"][key])
+        self.from_costs = dict(state["from_costs"])
+        self.path = [(s, n, r, b) for s, n, r, b in state["path"]]
+
+
+def require(ok: bool, key: str, value: Any, accepted: str) -> None:
+    """BitwrightError for an option's value that is not accepted."""
+    if not ok:
+        raise BitwrightError(f"adaqat: {key}={value!r} is not accepted; use {accepted}")

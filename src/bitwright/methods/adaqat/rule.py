@@ -1,0 +1,101 @@
+"""AdaQAT's arithmetic: one real-valued bit-width, its gradient, its oscillations."""
+
+import math
+from dataclasses import dataclass, field
+
+from bitwright.quantizer import Quantizer
+from bitwright.spec import MAX_BITS
+
+
+def bits_of(real: float) -> int:
+    """ceil(N): the bits of every quantized operation, forward and backward."""
+    return math.ceil(real)
+
+
+def bit_gradient(loss: float, probe: float, lam: float, other_bits: float) -> float:
+    """dL/dN ~ [L(b) - L(b - 1)] + lambda * (bits of the other operand), b = ceil(N).
+
+    The second term is the difference of lambda * b_w * b_a, which is proportional to BitOPs.
+    """
+    return (loss - probe) + lam * other_bits
+
+
+def update(N: float, loss: float, probe: float, lam: float, other_bits: float, eta: float) -> float:
+    """N - eta dL/dN: a bit goes while it lowers the loss by less than lambda times what it costs.
+
+    Args:
+        N: real-valued bit-width. loss, probe: task loss at ceil(N) and at ceil(N) - 1 bits.
+        lam: weight of the hardware loss, in units of the task loss. other_bits: what one bit costs.
+        eta: step.
+    """
+    return N - eta * bit_gradient(loss, probe, lam, other_bits)
+
+
+def relative_update(N: float, loss: float, probe: float, slope: float, eta: float) -> float:
+    """`update` divided by the cost's part of the gradient, at most `eta` bits either way (ours, for budgets).
+
+    The multiplier of a budget varies over orders of magnitude; so do layers' shares. Divided, a bit that no loss
+    defends goes at `eta` bits a visit, whatever the units. slope: lambda times the cost of one bit, > 0.
+    """
+    return N - eta * min(max(bit_gradient(loss, probe, 1.0, slope) / slope, -1.0), 1.0)
+
+
+@dataclass
+class Width:
+    """One learned bit-width and the quantizers that have it.
+
+    Attributes:
+        real: N. frozen: whether it still moves. arrivals: upward moves to each number of bits, so far.
+        fit_xy, fit_xx: moments of the fit `loss(b - 1) - loss(b) = a * 3 * 4^-b` (see `curvature`).
+    """
+
+    name: str
+    role: str
+    quantizers: list[Quantizer]
+    real: float
+    frozen: bool = False
+    arrivals: dict[int, int] = field(default_factory=dict)
+    fit_xy: float = 0.0
+    fit_xx: float = 0.0
+
+    @property
+    def bits(self) -> int:
+        """ceil(N)."""
+        return bits_of(self.real)
+
+    def apply(self) -> None:
+        """Give the quantizers their bits where they have others; scales follow."""
+        for quantizer in self.quantizers:
+            if int(quantizer.bits.item()) != self.bits:
+                quantizer.set_bits(self.bits)
+
+    def freeze(self, bits: int) -> None:
+        """Stop at `bits`; N becomes that integer."""
+        self.real, self.frozen = float(bits), True
+
+    def move(self, real: float, floor: int, freeze_after: int) -> None:
+        """Take a new N, clamped to [floor - 0.5, 8], and freeze at the upper integer once it oscillates.
+
+        The `freeze_after + 1`-th upward move to the same number of bits freezes there.
+        """
+        before = self.bits
+        self.real = min(max(real, floor - 0.5), float(MAX_BITS))
+        if self.bits > before:
+            self.arrivals[self.bits] = self.arrivals.get(self.bits, 0) + 1
+            if self.arrivals[self.bits] > freeze_after:
+                self.freeze(self.bits)
+
+    def observe(self, loss: float, probe: float, forget: float = 0.9) -> None:
+        """Take in what one bit less costs now; older observations fade by `forget`."""
+        x = 3.0 * 4.0**-self.bits
+        self.fit_xy = forget * self.fit_xy + (probe - loss) * x
+        self.fit_xx = forget * self.fit_xx + x * x
+
+    @property
+    def curvature(self) -> float | None:
+        """a in loss(b) = const + a 4^-b, by least squares over the observations; None before the first.
+
+        Rounding noise has the power 4^-b, and least squares gives the observations at few bits, where the loss
+        stands out of the batch's noise, the weight that they deserve.
+        """
+        return self.fit_xy / self.fit_xx if self.fit_xx > 0 else None

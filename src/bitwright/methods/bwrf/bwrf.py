@@ -1,0 +1,297 @@
+"""BWRF: low-precision blocks learn inside the frozen full-precision network."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bitwright.errors import BitwrightError
+from bitwright.methods.base import Batch, Method
+from bitwright.methods.bwrf.blocks import GRANULARITIES, Tap, find, find_blocks
+from bitwright.methods.kd import kd_loss
+from bitwright.methods.probe import unwrap
+from bitwright.prepare import quantizers
+
+ORDERS = ("prefix", "suffix")
+BRANCH_LOSSES = ("both", "ce", "kd")
+WEIGHTS = ("geometric", "uniform")
+
+
+def branch_weights(count: int, kind: str, beta: float) -> list[float]:
+    """Weights of the branches k = 1 ... n - 1 of n = `count` blocks.
+
+    geometric: beta 2^-(n-k), as Block-KD divides its stepping stones; uniform: beta / (n - 1).
+    """
+    if kind == "uniform":
+        return [beta / (count - 1)] * (count - 1)
+    return [beta * 2.0 ** (k - count) for k in range(1, count)]
+
+
+class Partner:
+    """A frozen network whose blocks can be fed the outputs of another's.
+
+    Args:
+        model: float network; it is put in evaluation mode and its parameters stop requiring gradients.
+        blocks: names of its blocks.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[str]):
+        self.model = model.requires_grad_(False).eval()
+        self.blocks = blocks
+        inside = unwrap(model)
+        self.taps = [Tap(always=True) for _ in blocks]
+        self.handles = [tap.attach(inside.get_submodule(name)) for tap, name in zip(self.taps, blocks, strict=True)]
+        self._listen(False)
+
+    def _listen(self, alive: bool) -> None:
+        """Taps act in our own passes only: the partner may also serve as somebody's teacher."""
+        for tap in self.taps:
+            tap.alive = alive
+            tap.append = tap.output = None
+
+    def plain(self, x: Tensor) -> tuple[Tensor, list[Any]]:
+        """(logits, the blocks' outputs) of `x`, without gradient."""
+        self.model.eval()  # a wrapper's train() may have reached it
+        self._listen(True)
+        try:
+            with torch.no_grad():
+                logits = self.model(x)
+            return logits, [tap.output for tap in self.taps]
+        finally:
+            self._listen(False)
+
+    def branches(self, carrier: Tensor, features: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+        """One forward pass in which `features[k]` join the rows that leave block k: (carrier's logits, {k: logits}).
+
+        Args:
+            carrier: rows that run through the whole network, (c, ...).
+            features: by index of the block (0-based) whose output they stand for; gradient reaches them.
+        """
+        self.model.eval()
+        self._listen(True)
+        for k, rows in features.items():
+            self.taps[k].append = rows
+        try:
+            logits = self.model(carrier)
+        finally:
+            self._listen(False)
+        parts = logits.split([len(carrier), *(len(features[k]) for k in sorted(features))])
+        return parts[0], dict(zip(sorted(features), parts[1:], strict=True))
+
+
+@torch.no_grad()
+def check_cut(partner: Partner, x: Tensor, student: list[Any]) -> None:
+    """Whether the logits depend on the input through each block's output only, shown on the partner itself.
+
+    The partner's own outputs for a few rows of `x` are fed to its blocks beside *another* input; each branch must
+    give the partner's logits, which it does not if anything bypasses the cut or mixes the rows of a batch.
+
+    Args:
+        student: the outputs of the low-precision network's blocks, for their shapes.
+
+    Raises:
+        BitwrightError: the first block at which the network cannot be cut, and why.
+    """
+    x = x[:2]
+    with torch.autocast(x.device.type, enabled=False):
+        _check_cut(partner, x, student)
+
+
+def _check_cut(partner: Partner, x: Tensor, student: list[Any]) -> None:
+    logits, outputs = partner.plain(x)
+    if not isinstance(logits, Tensor):
+        raise BitwrightError(f"bwrf: the partner gives a {type(logits).__name__}; it must give one tensor of logits")
+    other = x[:1].flip(-1)
+    if x.is_floating_point():
+        other = 1.0 - 0.5 * other
+    # Kernels may round differently for another number of rows.
+    tolerance = max(1e-3, 8 * torch.finfo(logits.dtype).eps)
+    for k, (name, h, low) in enumerate(zip(partner.blocks, outputs, student, strict=True)):
+        reason = None
+        if not isinstance(h, Tensor) or not isinstance(low, Tensor):
+            reason = "its output is not a single tensor"
+        elif h.ndim < 2 or len(h) != len(x):
+            reason = f"its output of shape {tuple(h.shape)} has no batch axis 0"
+        elif h.shape[1:] != low.shape[1:]:
+            reason = f"its output has shape {tuple(low.shape[1:])} in the model and {tuple(h.shape[1:])} in the partner"
+        elif k < len(outputs) - 1:
+            try:
+                again = partner.branches(other, {k: h})[1][k]
+            except RuntimeError as error:
+                reason = f"the partner does not run from there on ({str(error).splitlines()[0]})"
+            else:
+                if not torch.allclose(again, logits, rtol=tolerance, atol=tolerance * float(logits.abs().max())):
+                    reason = "the logits also depend on the input by another path, or the rows of a batch are mixed"
+        if reason is not None:
+            raise BitwrightError(f"bwrf: the network cannot be cut behind block {name!r}: {reason}")
+
+
+class BWRF(Method):
+    """Adds the losses of mixed-precision branches: low-precision blocks 1 ... k followed by frozen float blocks.
+
+    L = CE(z_Q, y) + alpha KD(z_Q, z_F) + sum_k w_k [CE(z_k, y) + alpha KD(z_k, z_F)], k = 1 ... n - 1. The step's own
+    forward pass of the model serves all branches (forward hooks record its blocks); the partner runs once
+    without gradient for z_F and once for all branches, whose rows join its batch at their blocks.
+
+    Args:
+        model: the model that is trained; the same architecture as `partner` up to quantizers.
+        partner: pretrained float network. It is frozen and put in evaluation mode, also again before each use.
+        blocks: names of the modules whose outputs end the blocks, in order, the last included; None: found
+            (`find_blocks`). granularity: what is looked for then, "stage" (default) or "block".
+        order: "prefix" (default): branch k is Q_1 ... Q_k F_k+1 ... F_n, so that Q_k's gradient crosses no further
+            quantizer. "suffix": F_1 ... F_k Q_k+1 ... Q_n; the model's suffix then really runs again, once per branch,
+            on batch statistics that are not recorded: about (n - 1) / 2 further training steps of the model.
+        branch_loss: "both" (default), "ce" or "kd" on the branches.
+        backbone_kd: whether the model's own output gets alpha KD(z_Q, z_F). Default True; set it False beside
+            the `kd` method, which adds the same term.
+        weights: "geometric" (default): w_k = beta 2^-(n-k), or "uniform": beta / (n - 1).
+        alpha, beta: weights of distillation and of all branches, >= 0. Default 1, 1.
+        temperature: of distillation. Default 4 (CIFAR); ImageNet recipes use 1.
+        sample: True runs one branch a step, k drawn with p_k proportional to w_k, weighted w_k / p_k.
+        joint: "prefix" only: True gives z_F and all branches in one forward pass of the partner. Fewer kernel
+            launches, but the teacher's rows then take part in the backward pass; default False.
+        loss_fn: the task loss of the branches. Default cross entropy.
+        seed: of the sampling.
+
+    The model must run once per step in training mode with gradients. Losses: `bwrf_kd`, `bwrf_branches`.
+
+    Raises:
+        BitwrightError: a value is not accepted, a block is missing, or (in the first step) the networks cannot
+            be cut at the blocks' ends.
+    """
+
+    name = "bwrf"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        partner: nn.Module,
+        blocks: list[str] | None = None,
+        granularity: str = "stage",
+        order: str = "prefix",
+        branch_loss: str = "both",
+        backbone_kd: bool = True,
+        weights: str = "geometric",
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        temperature: float = 4.0,
+        sample: bool = False,
+        joint: bool = False,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        seed: int = 0,
+    ):
+        for key, value, accepted in (
+            ("granularity", granularity, GRANULARITIES),
+            ("order", order, ORDERS),
+            ("branch_loss", branch_loss, BRANCH_LOSSES),
+            ("weights", weights, WEIGHTS),
+        ):
+            if value not in accepted:
+                raise BitwrightError(f"bwrf: {key}={value!r} is not accepted; use {' or '.join(accepted)}")
+        if not (alpha >= 0 and beta >= 0 and temperature > 0):
+            raise BitwrightError(
+                f"bwrf: alpha={alpha}, beta={beta}, temperature={temperature} is not accepted; "
+                "use alpha >= 0, beta >= 0, temperature > 0"
+            )
+        if branch_loss == "kd" and alpha == 0:
+            raise BitwrightError("bwrf: branch_loss='kd' with alpha=0 leaves the branches no loss; use alpha > 0")
+        self.model, inside = unwrap(model), unwrap(partner)
+        if {id(p) for p in self.model.parameters()} & {id(p) for p in inside.parameters()}:
+            raise BitwrightError("bwrf: model and partner share parameters; give a partner of its own (a deep copy)")
+        if quantizers(inside):
+            raise BitwrightError("bwrf: the partner is quantized; give the float network")
+        self.blocks = find_blocks(inside, granularity) if blocks is None else list(blocks)
+        if len(self.blocks) < 2:
+            raise BitwrightError(f"bwrf: blocks={self.blocks} is not accepted; give at least two names")
+        for role, module in (("model", self.model), ("partner", inside)):
+            missing = [b for b in self.blocks if find(module, b) is None]
+            if missing:
+                raise BitwrightError(f"bwrf: the {role} has no module {missing[0]!r}; blocks are names of its modules")
+        self.order, self.branch_loss, self.backbone_kd = order, branch_loss, backbone_kd
+        self.alpha, self.temperature = alpha, temperature
+        self.sample, self.joint, self.loss_fn = sample, joint and order == "prefix", loss_fn
+        self.weights = branch_weights(len(self.blocks), weights, beta)
+        self.partner = Partner(partner, self.blocks)
+        self.taps = [Tap() for _ in self.blocks]
+        self._handles = [tap.attach(self.model.get_submodule(b)) for tap, b in zip(self.taps, self.blocks, strict=True)]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._checked = False
+
+    def remove(self) -> None:
+        """Take the hooks off model and partner; the method is of no use afterwards."""
+        for handle in (*self._handles, *self.partner.handles):
+            handle.remove()
+
+    def chosen(self) -> dict[int, float]:
+        """{index of the block behind which the branch changes network: weight} for this step."""
+        every = {k: w for k, w in enumerate(self.weights) if w > 0}
+        if not self.sample or not every:
+            return every
+        total = sum(every.values())
+        share = torch.tensor([w / total for w in every.values()])
+        k = list(every)[int(torch.multinomial(share, 1, generator=self._generator))]
+        return {k: total}  # w_k / p_k
+
+    def losses(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
+        features = [tap.output for tap in self.taps]
+        for tap in self.taps:
+            tap.output = None
+        for name, h in zip(self.blocks, features, strict=True):
+            if h is None:
+                raise BitwrightError(f"bwrf: block {name!r} did not run in the model's training forward pass")
+        if not self._checked:
+            check_cut(self.partner, batch.x, features)
+            self._checked = True
+        branches = self.chosen()
+        wants_teacher = self.alpha > 0 and (self.backbone_kd or self.branch_loss != "ce")
+        teacher, logits = self._logits(batch.x, features, list(branches), wants_teacher)
+        named = {}
+        if wants_teacher and self.backbone_kd:
+            named["bwrf_kd"] = self.alpha * kd_loss(outputs, teacher, self.temperature)
+        if branches:
+            each = [w * self._branch_loss(logits[k], batch.y, teacher) for k, w in branches.items()]
+            named["bwrf_branches"] = torch.stack(each).sum()
+        return named
+
+    def _logits(
+        self, x: Tensor, features: list[Tensor], branches: list[int], wants_teacher: bool
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """(teacher's logits, {k: branch k's logits}); the teacher's are arbitrary where nobody wants them."""
+        if self.order == "prefix" and self.joint:
+            teacher, logits = self.partner.branches(x, {k: features[k] for k in branches})
+            return teacher.detach(), logits
+        teacher, outputs = x, [x]
+        if wants_teacher or self.order == "suffix":
+            teacher, outputs = self.partner.plain(x)
+        if not branches:
+            return teacher, {}
+        if self.order == "suffix":
+            return teacher, {k: self._suffix(x[:2], k, outputs[k]) for k in branches}
+        return teacher, self.partner.branches(x[:1], {k: features[k] for k in branches})[1]
+
+    def _suffix(self, carrier: Tensor, k: int, h: Tensor) -> Tensor:
+        """The model's logits with `h` in place of the output of block k; its buffers stay as they are."""
+        self.taps[k].replace = h
+        try:
+            buffers = {n: b.clone() for n, b in self.model.named_buffers()}
+            return functional_call(self.model, buffers, (carrier,))
+        finally:
+            for tap in self.taps:
+                tap.replace = tap.output = None
+
+    def _branch_loss(self, logits: Tensor, y: Tensor, teacher: Tensor) -> Tensor:
+        terms = []
+        if self.branch_loss != "kd":
+            terms.append(self.loss_fn(logits, y))
+        if self.branch_loss != "ce" and self.alpha > 0:
+            terms.append(self.alpha * kd_loss(logits, teacher, self.temperature))
+        return torch.stack([t.float() for t in terms]).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._generator.set_state(state["generator"])

@@ -1,0 +1,44 @@
+"""Looking without touching: the module inside its wrappers, and forward passes that leave no trace."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from bitwright.prepare import quantizers
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside `torch.compile`'s and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model is what it was, to the last bit, whatever forward passes or `set_bits` did meanwhile.
+
+    Put back: every buffer (norm statistics, min-max ranges, bit-widths), the quantizers' parameters (scales follow
+    `set_bits`), and torch's random state on the CPU and on the model's GPU. Modes are left alone: in training mode
+    norms use the batch's own statistics, as the training loss does. Must not enclose part of a step whose backward
+    pass is still to come, because restoring writes in place.
+    """
+    found = list(quantizers(model).values())
+    kept = [*model.buffers(), *(p for q in found for p in q.parameters())]
+    copies = [t.detach().clone() for t in kept]
+    devices = sorted({t.device.index for t in model.parameters() if t.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, copy in zip(kept, copies, strict=True):
+                tensor.copy_(copy)
+        for quantizer in found:
+            quantizer.refresh()
