@@ -1,6 +1,8 @@
 """Accuracy on a test split."""
 
-from collections.abc import Callable, Iterable
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,7 @@ from bitwright.calibrate import evaluating
 from bitwright.coverage import Coverage, coverage
 from bitwright.errors import BitwrightError
 from bitwright.prepare import quantizers
+from bitwright.training.data import Dataset
 
 COVERAGE_IMAGES = 8
 
@@ -60,3 +63,18 @@ def check_labels(outputs: Tensor, y: Tensor) -> None:
             f"labels go up to {int(y.max())}, the model's output has shape {tuple(outputs.shape)}; "
             f"use a model with at least {int(y.max()) + 1} classes"
         )
+
+
+def some_images(dataset: Dataset, count: int, *, device: torch.device | str, batch_size: int = 256) -> Iterator[Tensor]:
+    """Batches of `count` distinct images (fewer where there are not so many): test images, then training images.
+
+    None is augmented.
+    """
+    left = count
+    rest = max(0, count - dataset.test_size)
+    more = dataset.calibration_batches(seed=0, batch_size=batch_size, count=math.ceil(rest / batch_size), device=device)
+    for x, _ in itertools.chain(dataset.test_batches(batch_size=batch_size, device=device), more):
+        if left <= 0:
+            return
+        yield x[:left]
+        left -= len(x)

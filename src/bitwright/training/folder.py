@@ -46,12 +46,17 @@ class RunFolder:
     def model(self) -> Path:
         return self.root / "model.onnx"
 
+    @property
+    def quickstart(self) -> Path:
+        """Marks the folder of a quick start, so that --resume finishes all of it."""
+        return self.root / "quickstart.json"
+
     def claim(self, *, overwrite: bool) -> None:
         """Make the folder ready for a new run; with `overwrite`, the files of an earlier one are removed.
 
         Raises: BitwrightError where it holds a run already, or cannot be made.
         """
-        files = (self.recipe, self.checkpoint, self.metrics, self.summary, self.model)
+        files = (self.recipe, self.checkpoint, self.metrics, self.summary, self.model, self.quickstart)
         taken = [f for f in files if f.exists()]
         if taken and not overwrite:
             raise BitwrightError(
