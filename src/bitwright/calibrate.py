@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
 from bitwright.grids import Shape, Stats
+from bitwright.grids.base import as_float
 from bitwright.prepare import quant_layers, quantizers, set_bypass
 from bitwright.quantizer import Quantizer
 
@@ -29,12 +31,11 @@ class Collector:
     def __init__(self, shape: Shape, seed: int):
         self.shape = shape
         self.generator = torch.Generator().manual_seed(seed)
-        self.count = 0
         self.batches: list[Stats] = []
 
     def add(self, x: Tensor) -> None:
         """Take in one tensor."""
-        rows = rows_per_scale(x.detach().float(), self.shape)
+        rows = rows_per_scale(x.detach(), self.shape)
         if rows.shape[1] == 0:
             return
         stats = Stats.of(rows)
@@ -42,7 +43,12 @@ class Collector:
         if rows.shape[1] > keep:
             picks = torch.randint(rows.shape[1], (keep,), generator=self.generator).to(rows.device)
             rows = rows[:, picks]
-        self.batches.append(Stats(stats.minimum, stats.maximum, stats.mean, stats.mean_abs, stats.std, rows.clone()))
+        self.batches.append(replace(stats, sample=as_float(rows).clone()))
+
+    def before_forward(self, quantizer: nn.Module, args: tuple[Tensor]) -> None:
+        """`add` as a forward pre-hook of a quantizer."""
+        del quantizer
+        self.add(args[0])
 
     def result(self) -> Stats:
         """Everything seen so far as one `Stats`; batches weigh alike."""
@@ -76,6 +82,11 @@ def batch_inputs(batch: Any) -> Tensor:
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters live."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def calibrate(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> nn.Module:
     """Set signedness, scales and offsets of every quantizer from the float model's own tensors.
 
@@ -96,14 +107,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> nn.
         raise BitwrightError("calibrate: the model has no quantizers; call bitwright.prepare first")
     inputs = {n: q for n, q in found.items() if q.shape.role == "input"}
     collectors = {n: Collector(q.shape, seed + i) for i, (n, q) in enumerate(inputs.items())}
-    hooks = [q.register_forward_pre_hook(lambda _, args, c=collectors[n]: c.add(args[0])) for n, q in inputs.items()]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    hooks = [q.register_forward_pre_hook(collectors[n].before_forward) for n, q in inputs.items()]
     count = 0
     set_bypass(found.values(), True)
     try:
         with evaluating(model), torch.no_grad():
             for batch in batches:
-                model(batch_inputs(batch).to(device))
+                model(batch_inputs(batch).to(device_of(model)))
                 count += 1
     finally:
         set_bypass(found.values(), False)

@@ -1,27 +1,41 @@
 """Coverage: which quantizers really ran, and which layers stayed float."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from bitwright.calibrate import batch_inputs, evaluating
+from bitwright.calibrate import batch_inputs, device_of, evaluating
 from bitwright.errors import BitwrightError
-from bitwright.layers import Add, is_quantized, quantizable
+from bitwright.layers import Add, QuantLayer, candidates, why_not
 from bitwright.prepare import quantizers
+
+# Layers that compute with weights of their own: where they stay float, the user should know.
+COMPUTING = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
 
 
 @dataclass(frozen=True)
 class Coverage:
     """What one forward pass in evaluation mode did.
 
-    ran, missed: names of quantizers. float_layers: layers that could be quantized and were not.
+    ran, missed: names of quantizers. float_layers: names of layers that compute in float: no rule reached them, or
+    they have no quantized form. notes: for the latter, the reason by layer name.
     """
 
     ran: tuple[str, ...]
     missed: tuple[str, ...]
     float_layers: tuple[str, ...]
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -30,7 +44,7 @@ class Coverage:
 
 
 def coverage(model: nn.Module, batch: Any) -> Coverage:
-    """Run `model` once in evaluation mode and see which quantizers were called.
+    """Run `model` once in evaluation mode and see which quantizers were called (and not bypassed).
 
     A fused path of a library can skip swapped layers without a word; the accuracy then is the float model's.
 
@@ -40,18 +54,35 @@ def coverage(model: nn.Module, batch: Any) -> Coverage:
     """
     found = quantizers(model)
     called: set[str] = set()
-    hooks = [q.register_forward_hook(lambda *_, n=n: called.add(n)) for n, q in found.items()]
+    hooks = [q.register_forward_hook(lambda q, *_, n=n: None if q.bypass else called.add(n)) for n, q in found.items()]
     try:
         with evaluating(model), torch.no_grad():
-            model(batch_inputs(batch))
+            model(batch_inputs(batch).to(device_of(model)))
     finally:
         for hook in hooks:
             hook.remove()
-    left = tuple(
-        n for n, m in model.named_modules() if quantizable(m) and not is_quantized(m) and not isinstance(m, Add)
-    )
+    left, notes = stayed_float(model)
     ran = tuple(n for n in found if n in called)
-    return Coverage(ran, tuple(n for n in found if n not in called), left)
+    return Coverage(ran, tuple(n for n in found if n not in called), left, notes)
+
+
+def stayed_float(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
+    """(names of layers without any quantizer, why by name for those that cannot have one)."""
+    able = candidates(model)
+    left, notes = [], {}
+    for name, module in model.named_modules():
+        attention = type(module).__name__.endswith("Attention") and name not in able
+        if isinstance(module, QuantLayer):
+            # Attention whose products stay float may well have quantized projections.
+            if not module.quantizers() and not module.reads:
+                left.append(name)
+        elif isinstance(module, COMPUTING) or attention or name in able:
+            if isinstance(module, Add):
+                continue
+            left.append(name)
+            if name not in able:
+                notes[name] = f"a {type(module).__name__}: {why_not(module)}"
+    return tuple(left), notes
 
 
 def require_complete(result: Coverage) -> None:

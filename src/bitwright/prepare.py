@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from bitwright.errors import BitwrightError
-from bitwright.layers import QuantLayer, is_quantized, swap
+from bitwright.layers import QuantLayer, is_quantized, swap, target_class, unswap
 from bitwright.quantizer import Quantizer
 from bitwright.rules import Rule, resolve, slot_field, weight_layers
+from bitwright.spec import QuantizerSpec
 
 
 def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
@@ -23,46 +24,49 @@ def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
 
     Raises:
         BitwrightError: the model was prepared before, a rule names no layer, no layer is left to quantize, or
-            a layer cannot be quantized as asked.
+            a layer cannot be quantized as asked. The model then is as it was.
     """
+    if isinstance(rules, str | Rule):
+        raise BitwrightError(f"rules: a list of rules is expected, not {rules!r}; bitwright.rules('w4a4') makes one")
     if any(is_quantized(m) for m in model.modules()):
         raise BitwrightError("the model is prepared already; prepare a fresh float model, or change bits by set_bits")
     wanted = resolve(model, list(rules))
     if not wanted:
         raise BitwrightError(f"rules: nothing to quantize in this {type(model).__name__}")
+    originals = {module: type(module) for module in model.modules()}
     first = next(iter(weight_layers(model)), None)
-    made: list[tuple[str, QuantLayer, dict[str, Quantizer]]] = []
-    for name, fields in wanted.items():
-        layer = swap(model.get_submodule(name), name)
-        slots: dict[str, Quantizer] = {}
-        for slot in (*layer.weight_slots, *layer.input_slots):
-            spec = fields.get(slot_field(slot, layer))
-            if spec is None:
-                continue
-            try:
-                quantizer = layer.make_quantizer(slot, spec)
-            except BitwrightError as error:
-                raise BitwrightError(f"{name}: {error}") from None
-            if name == first and slot == "input_quantizer" and spec.learn is None:
-                quantizer.set_learned(False)
-            slots[slot] = quantizer
-        made.append((name, layer, slots))
-    for name, layer, slots in made:
-        for slot, quantizer in slots.items():
-            quantizer.name = f"{name}.{slot}" if name else slot
-            setattr(
-                layer,
-                slot,
-                quantizer.to(next(layer.parameters()).device) if any_parameter(layer) else quantizer,
-            )
+    try:
+        for name, fields in wanted.items():
+            add_quantizers(swap(model.get_submodule(name), name), name, fields, is_first=name == first)
+        for name, module in model.named_modules():
+            target = target_class(module)
+            if target and any(is_quantized(module.get_submodule(child)) for child in target.reads):
+                swap(module, name)
+    except BitwrightError:
+        for module, original in originals.items():
+            if type(module) is not original:
+                unswap(module, original)
+        raise
     for module in model.modules():
         disable_fast_path(module)
     return model
 
 
-def any_parameter(layer: nn.Module) -> bool:
-    """Whether `layer` has parameters (a residual add has none)."""
-    return next(iter(layer.parameters()), None) is not None
+def add_quantizers(layer: QuantLayer, name: str, fields: dict[str, QuantizerSpec], is_first: bool) -> None:
+    """Fill the slots of a swapped layer as `fields` (rule field: spec) say, on its device and in its precision."""
+    like = next(layer.parameters(), None)
+    for slot in (*layer.weight_slots, *layer.input_slots):
+        spec = fields.get(slot_field(slot, type(layer)))
+        if spec is None:
+            continue
+        try:
+            quantizer = layer.make_quantizer(slot, spec)
+        except BitwrightError as error:
+            raise BitwrightError(f"{name}: {error}") from None
+        if is_first and slot == "input_quantizer" and spec.learn is None:
+            quantizer.set_learned(False)
+        quantizer.name = f"{name}.{slot}" if name else slot
+        setattr(layer, slot, quantizer if like is None else quantizer.to(like.device, like.dtype))
 
 
 def disable_fast_path(module: nn.Module) -> None:

@@ -32,10 +32,11 @@ class Quantizer(nn.Module):
 
     def __init__(self, spec: QuantizerSpec, shape: Shape):
         super().__init__()
-        self.spec, self.shape = spec, shape
+        self.spec = spec
         self.name = ""
         self.bypass = False
         self.grid = make_grid(spec.grid, shape, spec.grid_options)
+        self.shape: Shape = self.grid.shape
         self.estimator = make_estimator(spec.estimator, spec.estimator_options)
         signed = shape.role == "weight" if spec.signed is None else spec.signed
         self.register_buffer("bits", torch.tensor([spec.bits]))
@@ -44,20 +45,28 @@ class Quantizer(nn.Module):
         # Derived from bits and signed, kept apart so that the forward pass need not compute them.
         self.register_buffer("code_lo", torch.zeros(1), persistent=False)
         self.register_buffer("code_hi", torch.zeros(1), persistent=False)
-        self._refresh()
+        self.refresh()
         self.set_learned(spec.learn is not False)
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Bring everything derived from the buffers in line with them."""
         self._signed, self._ready = bool(self.signed.item()), bool(self.calibrated.item())
-        codes = code_range(int(self.bits.item()), self._signed)
+        codes = code_range(self._checked(int(self.bits.item())), self._signed)
         self.code_lo.copy_(codes.lo)
         self.code_hi.copy_(codes.hi)
         self._zero = codes.zero
 
+    def _checked(self, bits: int) -> int:
+        """`bits` if it is a bit-width."""
+        if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+            raise BitwrightError(
+                f"{self.name or 'quantizer'}: bits={bits!r} is not accepted; use {MIN_BITS} to {MAX_BITS}"
+            )
+        return bits
+
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._refresh()
+        self.refresh()
 
     @property
     def codes(self) -> CodeRange:
@@ -74,13 +83,11 @@ class Quantizer(nn.Module):
         """Change the bit-width (1 to 8) in place; the grid's scale follows (the clipping bound stays).
 
         Raises:
-            BitwrightError: `bits` is outside 1 to 8.
+            BitwrightError: `bits` is not an integer from 1 to 8.
         """
-        if not MIN_BITS <= bits <= MAX_BITS:
-            raise BitwrightError(f"{self.name or 'quantizer'}: bits={bits} is not accepted; use 1 to 8")
         old = CodeRange(self.code_lo.clone(), self.code_hi.clone(), self._zero, self._signed)
-        self.bits.fill_(bits)
-        self._refresh()
+        self.bits.fill_(self._checked(bits))
+        self.refresh()
         self.grid.rescale(old, self.codes)
 
     @torch.no_grad()
@@ -89,7 +96,7 @@ class Quantizer(nn.Module):
         if self.spec.signed is None and self.shape.role == "input":
             self.signed.fill_(bool((stats.minimum < 0).any()))
         self.calibrated.fill_(True)
-        self._refresh()
+        self.refresh()
         self.grid.initialize(stats, self.codes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,16 +119,29 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def integer_codes(self, x: Tensor) -> Tensor:
-        """The codes of `x` as int32, same shape: (codes - zero) * scale are the values that `forward` gives."""
-        affine = self.affine(x if self.shape.role == "weight" else None)
-        scale = self._broadcast(affine.scale, x.ndim)
-        zero = self._broadcast(affine.zero, x.ndim)
-        k = (self.grid.transform(x, self.codes) / scale + zero).round().clamp(affine.lo, affine.hi)
-        return k.to(torch.int32)
+        """The codes of `x` in evaluation as int32, same shape: (codes - zero) * scale of `affine` are the values.
 
-    def _broadcast(self, t: Tensor, ndim: int) -> Tensor:
-        return self.shape.broadcast(t, ndim) if t.numel() > 1 else t
+        They are those of the forward pass itself, not a second computation that could fall on the other side of a
+        tie; the values agree to the last bit, except for a rescaled SAT weight, where two products round apart.
+        """
+        seen = _Codes()
+        training, self.grid.training = self.grid.training, False
+        try:
+            self.grid(x, self.codes, seen)
+        finally:
+            self.grid.training = training
+        return seen.k.to(torch.int32)
 
     def extra_repr(self) -> str:
         sign = "signed" if self._signed else "unsigned"
         return f"bits={int(self.bits.item())}, {sign}, channels={self.shape.channels}"
+
+
+class _Codes:
+    """A rounding that remembers its codes."""
+
+    k: Tensor
+
+    def __call__(self, v: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+        self.k = v.clamp(lo, hi).round()
+        return self.k

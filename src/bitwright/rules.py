@@ -4,17 +4,16 @@ import difflib
 import fnmatch
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
 from bitwright.errors import BitwrightError
-from bitwright.layers import Add, QuantEmbedding, quantizable
+from bitwright.layers import Add, candidates, target_class, why_not
 from bitwright.layers.attention import PRODUCT_SLOTS
-from bitwright.layers.base import QuantLayer
-from bitwright.spec import QuantizerSpec
+from bitwright.spec import OneLineErrors, QuantizerSpec
 
 
-class Rule(BaseModel):
+class Rule(BaseModel, metaclass=OneLineErrors):
     """Quantizers for the layers that `match` names.
 
     A field that is not given leaves what earlier rules said; a field given as None makes that tensor float.
@@ -27,11 +26,14 @@ class Rule(BaseModel):
         input: quantizer of layer inputs (embeddings have none).
         attention: quantizer of the four operands of attention products.
         residual: quantizer of both operands of `bitwright.layers.Add`.
+
+    Raises:
+        BitwrightError: a key or a value is not accepted (one line).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    match: tuple[str, ...]
+    match: tuple[str, ...] = Field(min_length=1)
     weight: QuantizerSpec | None = None
     input: QuantizerSpec | None = None
     attention: QuantizerSpec | None = None
@@ -53,14 +55,14 @@ def rules(bits: str, *, ends: int | None = 8, grid: str = "lsq", estimator: str 
         grid, estimator: names for every quantizer (see `QuantizerSpec`).
 
     Raises:
-        BitwrightError: `bits` does not have the form `wNaM`.
+        BitwrightError: `bits` does not have the form `wNaM`, `ends` is outside 1 to 8, or a name is unknown.
     """
     parts = bits.lower().removeprefix("w").split("a")
     if not bits.lower().startswith("w") or len(parts) != 2 or not all(p in list("12345678") for p in parts):
         raise BitwrightError(f"bits {bits!r} is not accepted; use wNaM with N and M from 1 to 8, such as 'w4a4'")
 
     def spec(width: int) -> QuantizerSpec:
-        return QuantizerSpec.model_validate({"bits": width, "grid": grid, "estimator": estimator})
+        return QuantizerSpec(bits=width, grid=grid, estimator=estimator)  # pyright: ignore[reportArgumentType]
 
     weight, inputs = spec(int(parts[0])), spec(int(parts[1]))
     found = [Rule(match=("*",), weight=weight, input=inputs, attention=inputs)]
@@ -71,8 +73,7 @@ def rules(bits: str, *, ends: int | None = 8, grid: str = "lsq", estimator: str 
 
 def weight_layers(model: nn.Module) -> list[str]:
     """Names of convolutions and linear layers that can be quantized, in the order of definition."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
-    return [n for n, m in model.named_modules() if isinstance(m, kinds) and quantizable(m)]
+    return [n for n, m in candidates(model).items() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)]
 
 
 def matches(pattern: str, name: str, module: nn.Module, ends: dict[str, str]) -> bool:
@@ -84,13 +85,19 @@ def matches(pattern: str, name: str, module: nn.Module, ends: dict[str, str]) ->
     return fnmatch.fnmatchcase(name, pattern)
 
 
-def slot_field(slot: str, module: nn.Module) -> str:
-    """The field of `Rule` that rules over `slot` of `module`."""
+def slot_field(slot: str, kind: type[nn.Module]) -> str:
+    """The field of `Rule` that rules over `slot` of layers of class `kind`."""
     if slot in PRODUCT_SLOTS:
         return "attention"
-    if isinstance(module, Add):
+    if issubclass(kind, Add):
         return "residual"
     return "weight" if slot == "weight_quantizer" else "input"
+
+
+def fields_of(module: nn.Module) -> set[str]:
+    """The fields of `Rule` that mean something for `module`: a residual add has no weight, say."""
+    kind = target_class(module)
+    return {slot_field(slot, kind) for slot in (*kind.weight_slots, *kind.input_slots)} if kind else set()
 
 
 def resolve(model: nn.Module, rules: list[Rule]) -> dict[str, dict[str, QuantizerSpec]]:
@@ -99,45 +106,32 @@ def resolve(model: nn.Module, rules: list[Rule]) -> dict[str, dict[str, Quantize
     Raises:
         BitwrightError: a pattern names no layer that could be quantized.
     """
-    candidates = {n: m for n, m in model.named_modules() if quantizable(m)}
+    layers = candidates(model)
     ordered = weight_layers(model)
     ends = {"first": ordered[0], "last": ordered[-1]} if ordered else {}
-    found: dict[str, dict[str, QuantizerSpec | None]] = {name: {} for name in candidates}
+    found: dict[str, dict[str, QuantizerSpec | None]] = {name: {} for name in layers}
     for index, rule in enumerate(rules):
         for pattern in rule.match:
-            hit = [n for n, m in candidates.items() if matches(pattern, n, m, ends)]
+            hit = [n for n, m in layers.items() if matches(pattern, n, m, ends)]
             if not hit:
-                raise BitwrightError(no_match(index, pattern, model, list(candidates)))
+                raise BitwrightError(no_match(index, pattern, model, list(layers)))
             for name in hit:
                 for field in rule.model_fields_set - {"match"}:
                     found[name][field] = getattr(rule, field)
     return {
         name: kept
         for name, fields in found.items()
-        if (kept := {f: s for f, s in fields.items() if s is not None and applies(f, candidates[name])})
+        if (kept := {f: s for f, s in fields.items() if s is not None and f in fields_of(layers[name])})
     }
 
 
-def applies(field: str, module: nn.Module) -> bool:
-    """Whether a layer of this kind has a tensor of that kind."""
-    if isinstance(module, Add):
-        return field == "residual"
-    if field == "residual":
-        return False
-    if field == "attention":
-        slots = getattr(module, "input_slots", ()) if isinstance(module, QuantLayer) else ()
-        is_attention = isinstance(module, nn.MultiheadAttention) or type(module).__name__ == "Attention"
-        return is_attention or "attention_quantizer" in slots
-    if type(module).__name__ in ("Attention", "QuantTimmAttention"):
-        return False
-    return not (field == "input" and isinstance(module, nn.Embedding | QuantEmbedding))
-
-
-def no_match(index: int, pattern: str, model: nn.Module, candidates: list[str]) -> str:
+def no_match(index: int, pattern: str, model: nn.Module, layers: list[str]) -> str:
     """The message for a pattern without a layer."""
     if pattern in dict(model.named_modules()):
-        kind = type(model.get_submodule(pattern)).__name__
-        return f"rules[{index}].match: {pattern!r} is a {kind}, which cannot be quantized"
-    close = difflib.get_close_matches(pattern, candidates, n=3)
-    hint = f"did you mean {', '.join(close)}?" if close else f"layers are {', '.join(candidates[:6])} ..."
+        module = model.get_submodule(pattern)
+        inside = any(name.startswith(pattern + ".") for name in layers)
+        hint = f"for the layers inside it write {pattern + '.*'!r}" if inside else why_not(module)
+        return f"rules[{index}].match: {pattern!r} is a {type(module).__name__}; {hint}"
+    close = difflib.get_close_matches(pattern, layers, n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else f"layers are {', '.join(layers[:6])} ..."
     return f"rules[{index}].match: {pattern!r} names no layer of the model; {hint}"

@@ -2,7 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bitwright.errors import BitwrightError
 
 GridName = Literal["lsq", "lsq+", "pact", "dorefa", "sat", "minmax"]
 Role = Literal["weight", "input"]
@@ -10,7 +12,25 @@ Role = Literal["weight", "input"]
 MIN_BITS, MAX_BITS = 1, 8
 
 
-class QuantizerSpec(BaseModel):
+def one_line(error: ValidationError) -> str:
+    """The first complaint of pydantic in one line: key, what is accepted, what was given."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{error.title}{'.' + key if key else ''}: {first['msg']}, not {first['input']!r}{more}"
+
+
+class OneLineErrors(type(BaseModel)):
+    """Makes `Model(...)` raise BitwrightError; `Model.model_validate`, for files, still raises ValidationError."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except ValidationError as error:
+            raise BitwrightError(one_line(error)) from None
+
+
+class QuantizerSpec(BaseModel, metaclass=OneLineErrors):
     """One quantizer, described: grid, estimator, bit-width, granularity.
 
     Attributes:
@@ -27,6 +47,9 @@ class QuantizerSpec(BaseModel):
             `calibrate` from the data (after a ReLU: unsigned).
         learn: False freezes the grid's parameters after calibration. None: True, except for the input of the
             first layer (the image), whose learned scale would cost a backward-data convolution for nothing.
+
+    Raises:
+        BitwrightError: a key or a value is not accepted (one line).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

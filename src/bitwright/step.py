@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
+from bitwright.grids.base import as_float
 from bitwright.methods.base import Batch, Method
 
 
@@ -30,14 +31,15 @@ class Step:
         methods: training methods; their hooks run in this order.
         amp_dtype: autocast dtype of forward passes and losses, for example `torch.bfloat16`; None: off.
         clip_norm: largest gradient norm; None: no clipping.
-        accumulate: batches per optimizer step; losses are divided by it.
+        accumulate: batches per optimizer step, at least 1; losses are divided by it. Batches left over at the end
+            of an epoch take their step in `end_epoch`, so nothing of an epoch is pending in a checkpoint.
 
     Attributes:
         batch, result: the present batch and the losses of its forward pass, for methods.
         steps: optimizer steps taken so far.
 
     Raises:
-        BitwrightError: two methods own the backward pass, or two losses share a name.
+        BitwrightError: two methods own the backward pass, two losses share a name, or accumulate is below 1.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class Step:
         if len(owners) > 1:
             names = " and ".join(m.name or type(m).__name__ for m in owners)
             raise BitwrightError(f"methods: {names} both own the backward pass; use one of them")
+        if accumulate < 1:
+            raise BitwrightError(f"accumulate={accumulate} is not accepted; use 1 or more batches per step")
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.methods = list(methods)
         self.amp_dtype, self.clip_norm, self.accumulate = amp_dtype, clip_norm, accumulate
@@ -78,7 +82,7 @@ class Step:
                 if taken:
                     raise BitwrightError(f"methods: the loss name {min(taken)!r} is used twice")
                 losses.update(more)
-        total = torch.stack([v.float() for v in losses.values()]).sum()
+        total = torch.stack([as_float(v) for v in losses.values()]).sum()
         self.result = StepResult(total.detach(), {k: v.detach() for k, v in losses.items()}, outputs.detach())
         return total
 
@@ -95,20 +99,26 @@ class Step:
         else:
             self._owner.backward(self)
         self._micro += 1
-        if self._micro % self.accumulate == 0:
-            if self.clip_norm is not None:
-                parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-                torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.steps += 1
-            for method in self.methods:
-                method.after_step(self)
+        if self._micro == self.accumulate:
+            self._optimize()
         assert self.result is not None
         return self.result
 
+    def _optimize(self) -> None:
+        """The optimizer's step on the gradients at hand, and the methods' hooks after it."""
+        if self.clip_norm is not None:
+            parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps, self._micro = self.steps + 1, 0
+        for method in self.methods:
+            method.after_step(self)
+
     def end_epoch(self, metrics: dict[str, Any]) -> None:
-        """Run the methods' `after_epoch` hooks."""
+        """Step on batches left over by `accumulate`, then run the methods' `after_epoch` hooks."""
+        if self._micro:
+            self._optimize()
         for method in self.methods:
             method.after_epoch(metrics)
 

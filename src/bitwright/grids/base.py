@@ -60,6 +60,11 @@ class Shape:
         return t.view(view)
 
 
+def as_float(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 where it has that precision already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 @dataclass(frozen=True)
 class Stats:
     """Statistics of a tensor per scale; every field but `sample` has shape (channels,).
@@ -77,7 +82,7 @@ class Stats:
     @staticmethod
     def of(values: Tensor) -> "Stats":
         """Statistics of `values`, shape (channels, n), n >= 1; all of it is kept as the sample."""
-        v = values.detach().float()
+        v = as_float(values.detach())
         std = v.std(dim=1, correction=0)
         return Stats(v.amin(1), v.amax(1), v.mean(1), v.abs().mean(1), std, v)
 
@@ -112,7 +117,7 @@ def scale_gradient(scale: Tensor, factor: Tensor) -> Tensor:
 
 
 class Grid(nn.Module):
-    """Base of all grids.
+    """Base of all grids; `shape` is the tensor's, as this grid treats it (some have one scale whatever is asked).
 
     Subclasses implement `forward` (fake quantization of `x`), `affine` (the same function in numbers),
     `initialize` (from statistics) and, where their parameters are tied to a bit-width, `rescale`.
@@ -129,10 +134,6 @@ class Grid(nn.Module):
     def affine(self, x: Tensor | None, codes: CodeRange) -> Affine:
         """Scale and zero point now; `x` is the weight (grids of weights may depend on it), None for inputs."""
         raise NotImplementedError
-
-    def transform(self, x: Tensor, codes: CodeRange) -> Tensor:
-        """`x` as it is when `affine`'s scale divides it; the identity for most grids. Used outside training."""
-        return x
 
     def initialize(self, stats: Stats, codes: CodeRange) -> None:
         """Set the parameters from statistics; values are written in place."""

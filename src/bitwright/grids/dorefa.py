@@ -1,33 +1,39 @@
 """DoReFa-Net's quantizers (Zhou et al., 2016)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from bitwright.grids.base import EPS, Affine, CodeRange, Grid, Stats, make_affine
+from bitwright.grids.base import Affine, CodeRange, Grid, Shape, Stats, make_affine
 from bitwright.kernels import fake_quantize
 
 
 def dorefa_transform(w: Tensor) -> Tensor:
-    """tanh(w) / max|tanh(w)|, in [-1, 1]; the maximum is over the whole tensor and takes part in the gradient."""
+    """tanh(w) / max|tanh(w)|, in [-1, 1]; the maximum is over the whole tensor and takes part in the gradient.
+
+    A tensor of zeros stays one, and its gradient finite.
+    """
     t = torch.tanh(w)
-    return t / (t.abs().amax() + EPS)
+    largest = t.abs().amax()
+    return t / torch.where(largest == 0, 1.0, largest)
 
 
 def full_range(codes: CodeRange) -> CodeRange:
-    """Codes 0 ... 2^b - 1, whose middle (2^b - 1)/2 is the value 0: DoReFa's weights have no code for zero."""
-    hi = codes.hi - codes.lo
-    return codes._replace(lo=codes.lo - codes.lo, hi=hi)
+    """The codes counted from 0: 0 ... 2^b - 1, for grids that place their zero point themselves."""
+    return codes._replace(lo=codes.lo - codes.lo, hi=codes.hi - codes.lo, zero=0.0)
 
 
 class DoReFa(Grid):
     """Weights: 2 q(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1. Inputs: q(clip(x, 0, 1)), or clip(x, -1, 1) if signed.
 
-    q(u) = round((2^b - 1) u) / (2^b - 1). Nothing is learned; weights are scaled per tensor whatever was asked
-    for, because the published transform normalises by the maximum of the whole tensor.
+    q(u) = round((2^b - 1) u) / (2^b - 1): the middle of the codes is the value 0, so signed tensors have no code for
+    zero. Nothing is learned; there is one scale whatever was asked for, because the published transform normalises
+    by the maximum of the whole tensor.
     """
 
-    def transform(self, x: Tensor, codes: CodeRange) -> Tensor:
-        return dorefa_transform(x) if self.shape.role == "weight" else x
+    def __init__(self, shape: Shape):
+        super().__init__(replace(shape, channels=1))
 
     def numbers(self, codes: CodeRange) -> tuple[Tensor, Tensor | float, CodeRange]:
         """(scale, zero, codes) of this grid, scale of shape (1,)."""

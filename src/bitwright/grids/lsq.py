@@ -1,5 +1,6 @@
 """LSQ: learned step size quantization (Esser et al., ICLR 2020)."""
 
+import math
 from typing import Literal
 
 import torch
@@ -50,7 +51,7 @@ def gradient_factor(x: Tensor, shape: Shape, codes: CodeRange) -> Tensor:
 
     The paper counts the features of one sample; some public code counts the whole batch.
     """
-    n = shape.numel if shape.role == "weight" else x.numel() // max(x.shape[0], 1)
+    n = shape.numel if shape.role == "weight" else math.prod(x.shape[1:])
     return (max(n // shape.channels, 1) * codes.hi).rsqrt()
 
 

@@ -14,6 +14,7 @@ from bitwright.grids.base import (
     positive,
     scale_gradient,
 )
+from bitwright.grids.dorefa import full_range
 from bitwright.grids.lsq import gradient_factor
 from bitwright.kernels import fake_quantize
 
@@ -34,24 +35,26 @@ class LSQPlus(Grid):
             self.register_parameter("offset", None)
 
     def forward(self, x: Tensor, codes: CodeRange, estimator: nn.Module) -> Tensor:
+        codes = self.own_codes(codes)
         factor = gradient_factor(x, self.shape, codes)
         scale = self.scale.abs() + EPS
         if scale.requires_grad:
             scale = scale_gradient(scale, factor)
-        scale = self.shape.broadcast(scale, x.ndim)
-        if self.offset is None:
-            return fake_quantize(x, scale, codes.zero, codes.lo, codes.hi, estimator)
-        offset = scale_gradient(self.offset, factor) if self.offset.requires_grad else self.offset
-        offset = self.shape.broadcast(offset, x.ndim)
-        lo, hi = unsigned(codes)
-        return fake_quantize(x - offset, scale, 0.0, lo, hi, estimator) + offset
+        zero = codes.zero
+        if self.offset is not None:
+            offset = scale_gradient(self.offset, factor) if self.offset.requires_grad else self.offset
+            # The offset enters as a zero point: its gradient then does not depend on what passes the clip for x,
+            # and the values are those of `affine` to the last bit.
+            zero = self.shape.broadcast(-offset / scale, x.ndim)
+        return fake_quantize(x, self.shape.broadcast(scale, x.ndim), zero, codes.lo, codes.hi, estimator)
 
     def affine(self, x: Tensor | None, codes: CodeRange) -> Affine:
-        scale = self.scale.abs() + EPS
-        if self.offset is None:
-            return make_affine(scale, codes.zero, codes)
-        lo, hi = unsigned(codes)
-        return make_affine(scale, -self.offset / scale, codes._replace(lo=lo, hi=hi))
+        codes, scale = self.own_codes(codes), self.scale.abs() + EPS
+        return make_affine(scale, codes.zero if self.offset is None else -self.offset / scale, codes)
+
+    def own_codes(self, codes: CodeRange) -> CodeRange:
+        """0 ... 2^b - 1 for inputs: with an offset, codes have no sign whatever the data's is."""
+        return codes if self.offset is None else full_range(codes)
 
     @torch.no_grad()
     def initialize(self, stats: Stats, codes: CodeRange) -> None:
@@ -59,7 +62,7 @@ class LSQPlus(Grid):
             reach = torch.maximum((stats.mean - 3 * stats.std).abs(), (stats.mean + 3 * stats.std).abs())
             self.scale.copy_(positive(reach) / (codes.hi - codes.lo + 1).to(reach) * 2)
             return
-        lo, hi = unsigned(codes)
+        lo, hi = self.own_codes(codes)[:2]
         best = torch.full_like(stats.minimum, torch.inf)
         middle = (stats.maximum + stats.minimum) / 2
         for i in range(10, 101, 2):
@@ -76,14 +79,6 @@ class LSQPlus(Grid):
 
     @torch.no_grad()
     def rescale(self, old: CodeRange, new: CodeRange) -> None:
-        self.scale.mul_((old.hi - old.lo) / (new.hi - new.lo) if self.offset is not None else reach_ratio(old, new))
-
-
-def unsigned(codes: CodeRange) -> tuple[Tensor, Tensor]:
-    """(0, 2^b - 1): with an offset, codes have no sign whatever the data's is."""
-    return codes.lo - codes.lo, codes.hi - codes.lo
-
-
-def reach_ratio(old: CodeRange, new: CodeRange) -> Tensor:
-    """Factor of a scale that keeps the upper clipping bound of a symmetric grid."""
-    return (old.hi - old.zero) / (new.hi - new.zero)
+        # The upper clipping bound stays; with an offset the lower one does too.
+        old, new = self.own_codes(old), self.own_codes(new)
+        self.scale.mul_((old.hi - old.zero) / (new.hi - new.zero))

@@ -12,7 +12,7 @@ from bitwright.kernels import fake_quantize
 
 
 class MinMax(Grid):
-    """Symmetric: scale = max|x| / Qp. Weights use their present extremes, inputs the statistic asked for.
+    """scale = max|x| / Qp; unsigned: max(x) / Qp. Weights use their present extremes, inputs the statistic asked for.
 
     Args:
         statistic: "running" (default): moving average of the batches' extremes while training, fixed in
@@ -37,6 +37,10 @@ class MinMax(Grid):
             raise BitwrightError(
                 f"grid_options.statistic of 'minmax': {statistic!r} is not accepted; use 'running' or 'batch'"
             )
+        if not 0.0 < momentum <= 1.0:
+            raise BitwrightError(
+                f"grid_options.momentum of 'minmax': {momentum!r} is not accepted; use 0 < momentum <= 1"
+            )
         self.statistic, self.momentum = statistic, momentum
         self.offset = offset and shape.role == "input"
         self.register_buffer("low", torch.zeros(shape.channels))
@@ -54,7 +58,7 @@ class MinMax(Grid):
         """The extremes that quantize `x` now; while training, inputs also move the running ones."""
         if self.shape.role == "weight" and x is not None:
             return self.extremes(x)
-        if x is None or not self.training:
+        if x is None or not self.training or x.numel() == 0:
             return self.low, self.high
         low, high = self.extremes(x)
         self.low.lerp_(low.to(self.low), self.momentum)
@@ -65,7 +69,8 @@ class MinMax(Grid):
         """(scale, zero, codes), scale of shape (channels,)."""
         if not self.offset:
             codes = symmetric(codes)
-            return torch.maximum(-low, high).abs() / (codes.hi - codes.zero) + EPS, codes.zero, codes
+            reach = torch.maximum(-low, high) if codes.signed else high.clamp(min=0.0)
+            return reach / (codes.hi - codes.zero) + EPS, codes.zero, codes
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         scale = (high - low) / (codes.hi - codes.lo) + EPS
         return scale, (codes.lo - low / scale).round().clamp(codes.lo, codes.hi), codes

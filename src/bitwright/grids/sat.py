@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bitwright.grids.base import EPS, Affine, CodeRange, Shape, make_affine
-from bitwright.grids.dorefa import DoReFa, dorefa_transform
+from bitwright.estimators.ste import ClippedSTE
+from bitwright.grids.base import Affine, CodeRange, Shape, make_affine
+from bitwright.grids.dorefa import DoReFa
 from bitwright.grids.pact import PACT
 
 
@@ -25,31 +26,22 @@ class SATWeight(DoReFa):
         self.rescaled = shape.linear if rescale is None else rescale
 
     def constant(self, quantized: Tensor) -> Tensor:
-        """1 / (sqrt(n_out) std(W_q)), a scalar without gradient."""
-        positions = math.prod(quantized.shape[2:])
-        n_out = quantized.shape[0] * positions
-        return 1.0 / (math.sqrt(n_out) * quantized.detach().std() + EPS)
+        """1 / (sqrt(n_out) std(W_q)), a scalar without gradient; 1 where all weights have the same value."""
+        n_out = quantized.shape[0] * math.prod(quantized.shape[2:])
+        std = quantized.detach().std(correction=min(1, quantized.numel() - 1))
+        return torch.where(std > 0, 1.0 / (math.sqrt(n_out) * std), 1.0)
 
     def forward(self, x: Tensor, codes: CodeRange, estimator: nn.Module) -> Tensor:
         quantized = super().forward(x, codes, estimator)
         return quantized * self.constant(quantized) if self.rescaled else quantized
 
     @torch.no_grad()
-    def constant_of(self, x: Tensor, codes: CodeRange) -> Tensor | float:
-        """The factor by which the weight `x` is rescaled now."""
-        if not self.rescaled:
-            return 1.0
-        scale, zero, codes = self.numbers(codes)
-        k = (dorefa_transform(x) / scale + zero).round().clamp(codes.lo, codes.hi)
-        return self.constant((k - zero) * scale)
-
-    def transform(self, x: Tensor, codes: CodeRange) -> Tensor:
-        return dorefa_transform(x) * self.constant_of(x, codes)
-
     def affine(self, x: Tensor | None, codes: CodeRange) -> Affine:
         assert x is not None, "the scale of a SAT weight depends on the weight"
         scale, zero, wide = self.numbers(codes)
-        return make_affine(scale * self.constant_of(x, codes), zero, wide)
+        if self.rescaled:
+            scale = scale * self.constant(super().forward(x, codes, ClippedSTE()))
+        return make_affine(scale, zero, wide)
 
 
 def sat_input(shape: Shape) -> PACT:

@@ -9,7 +9,7 @@ from bitwright.layers.attention import QuantMultiheadAttention, scaled_dot_produ
 from bitwright.layers.base import QuantLayer
 from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
 from bitwright.layers.linear import QuantEmbedding, QuantLinear
-from bitwright.layers.swap import is_quantized, quantizable, swap
+from bitwright.layers.swap import candidates, is_quantized, quantizable, swap, target_class, unswap, why_not
 
 __all__ = [
     "Add",
@@ -21,8 +21,12 @@ __all__ = [
     "QuantLayer",
     "QuantLinear",
     "QuantMultiheadAttention",
+    "candidates",
     "is_quantized",
     "quantizable",
     "scaled_dot_product",
     "swap",
+    "target_class",
+    "unswap",
+    "why_not",
 ]

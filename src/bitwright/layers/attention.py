@@ -21,6 +21,7 @@ def scaled_dot_product(
     quantizers: dict[str, Quantizer | None],
     mask: Tensor | None = None,
     dropout: float = 0.0,
+    scaled: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(d)) v with all four operands of the two products quantized.
 
@@ -29,20 +30,24 @@ def scaled_dot_product(
         quantizers: one per name of `PRODUCT_SLOTS` (None or missing: float). Probabilities are unsigned.
         mask: additive float mask broadcastable to (..., tokens_q, tokens_k), or None.
         dropout: probability of dropping attention weights (0 outside training).
+        scaled: False leaves out the factor 1/sqrt(d), for callers that have scaled q themselves.
 
     Returns:
         The output (..., tokens, d) and the probabilities (..., tokens_q, tokens_k) before quantization.
     """
     # Scaling q before it is quantized leaves the product a plain matmul of two quantized tensors.
-    q = apply(quantizers.get("query_quantizer"), q * (1.0 / math.sqrt(q.shape[-1])))
+    q = apply(quantizers.get("query_quantizer"), q * (1.0 / math.sqrt(q.shape[-1])) if scaled else q)
     k = apply(quantizers.get("key_quantizer"), k)
     v = apply(quantizers.get("value_quantizer"), v)
     scores = q @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores + mask
     probabilities = scores.softmax(-1)
-    weights = F.dropout(probabilities, dropout) if dropout else probabilities
-    return apply(quantizers.get("attention_quantizer"), weights) @ v, probabilities
+    # Dropout after quantization: its factor 1 / (1 - p) would otherwise reach beyond the calibrated range.
+    weights = apply(quantizers.get("attention_quantizer"), probabilities)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    return weights @ v, probabilities
 
 
 class QuantAttentionBase(QuantLayer):
@@ -72,13 +77,14 @@ class QuantMultiheadAttention(QuantAttentionBase, nn.MultiheadAttention):
 
     weight_slots = ("weight_quantizer",)
     input_slots = ("input_quantizer", *PRODUCT_SLOTS)
+    reads = ("out_proj",)
 
     def weight_of(self, slot: str) -> Tensor:
         return self.in_proj_weight
 
-    @staticmethod
-    def refusal(module: nn.MultiheadAttention) -> str | None:
-        """Why `module` cannot be quantized, or None."""
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        assert isinstance(module, nn.MultiheadAttention)
         if module.in_proj_weight is None:
             return "kdim or vdim differs from embed_dim"
         if module.bias_k is not None or module.add_zero_attn:
@@ -96,7 +102,13 @@ class QuantMultiheadAttention(QuantAttentionBase, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`; `is_causal` is a hint there and `attn_mask` decides here too."""
+        """As `nn.MultiheadAttention.forward`: `is_causal` is a hint, `attn_mask` decides.
+
+        Raises:
+            BitwrightError: `is_causal` without `attn_mask`, which torch refuses too.
+        """
+        if is_causal and attn_mask is None:
+            raise BitwrightError("attention: is_causal=True needs attn_mask as well, as in nn.MultiheadAttention")
         same = query is key and key is value
         if not self.batch_first and query.ndim == 3:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
@@ -127,7 +139,10 @@ class QuantMultiheadAttention(QuantAttentionBase, nn.MultiheadAttention):
 
 
 def merge_masks(mask: Tensor | None, padding: Tensor | None, heads: int, like: Tensor) -> Tensor | None:
-    """One additive mask (..., heads or 1, tokens_q, tokens_k) from torch's two kinds, boolean or float."""
+    """One additive mask (..., heads or 1, tokens_q, tokens_k) from torch's two kinds, boolean or float.
+
+    `like`: the projected queries (..., tokens_q, features), with a batch axis or without.
+    """
 
     def additive(m: Tensor) -> Tensor:
         if m.dtype == torch.bool:
@@ -137,9 +152,9 @@ def merge_masks(mask: Tensor | None, padding: Tensor | None, heads: int, like: T
     merged = None
     if mask is not None:
         merged = additive(mask)
-        if merged.ndim == 3:
+        if merged.ndim == 3 and like.ndim == 3:
             merged = merged.unflatten(0, (-1, heads))
     if padding is not None:
-        keys = additive(padding)[..., None, None, :]
+        keys = additive(padding)[..., None, None, :]  # unbatched: (1, 1, tokens_k)
         merged = keys if merged is None else merged + keys
     return merged

@@ -8,12 +8,22 @@ from bitwright.spec import QuantizerSpec
 
 
 class QuantLayer(nn.Module):
-    """Mixin of quantized layers. A slot holds a `Quantizer` or None (that tensor stays float)."""
+    """Mixin of quantized layers. A slot holds a `Quantizer` or None (that tensor stays float).
 
+    `reads` names the children whose weights the float class uses without calling them; the quantized class calls
+    them, so `prepare` swaps the layer whenever it swaps such a child.
+    """
+
+    reads: tuple[str, ...] = ()
     weight_slots: tuple[str, ...] = ("weight_quantizer",)
     input_slots: tuple[str, ...] = ("input_quantizer",)
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Why this float `module` cannot become a layer of this class, or None."""
+        return None
 
     def quantizers(self) -> dict[str, Quantizer]:
         """The slots in use, by name."""

@@ -21,17 +21,22 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):
-    """`nn.Embedding` with a quantized table (per channel: one scale per row); indices are not quantized."""
+    """`nn.Embedding` with a quantized table (per channel: one scale per row); indices are not quantized.
+
+    `max_norm` (rows renormalised in place) and `sparse` gradients are refused: both need the float table itself.
+    """
 
     input_slots = ()
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        assert isinstance(module, nn.Embedding)
+        return "max_norm or sparse is set" if module.max_norm is not None or module.sparse else None
 
     def forward(self, input: Tensor) -> Tensor:
         return F.embedding(
             input,
             apply(self.weight_quantizer, self.weight),
             self.padding_idx,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.sparse,
+            scale_grad_by_freq=self.scale_grad_by_freq,
         )

@@ -21,18 +21,60 @@ SWAPS: dict[type[nn.Module], type[QuantLayer]] = {
 }
 
 
-def target_class(module: nn.Module) -> type[QuantLayer] | None:
-    """The quantized class for `module`, or None where there is none."""
-    if type(module) in SWAPS:
-        return SWAPS[type(module)]
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if name.startswith("timm.") and type(module).__name__ == "Conv2dSame":
+def timm_class(module: nn.Module) -> type[QuantLayer] | None:
+    """The quantized class for a layer of timm, which is imported only where the model has brought it."""
+    kind = type(module)
+    if not kind.__module__.startswith("timm.layers."):
+        return None
+    if kind.__name__ == "Conv2dSame":
         return QuantConv2dSame
-    if name.startswith("timm.") and type(module).__name__ == "Attention":
-        from bitwright.layers.timm_attention import QuantTimmAttention, supported
+    if kind.__module__ == "timm.layers.attention" and kind.__name__ == "Attention":
+        from bitwright.layers.timm_attention import QuantTimmAttention
 
-        return QuantTimmAttention if supported(module) else None
+        return QuantTimmAttention
     return None
+
+
+def torchvision_class(module: nn.Module) -> type[QuantLayer] | None:
+    """The quantized class for a layer of torchvision, imported only where the model has brought it."""
+    kind = type(module)
+    if kind.__module__ == "torchvision.models.swin_transformer" and kind.__name__.startswith("ShiftedWindowAttention"):
+        from bitwright.layers.swin_attention import QuantShiftedWindowAttention, QuantShiftedWindowAttentionV2
+
+        return QuantShiftedWindowAttentionV2 if kind.__name__.endswith("V2") else QuantShiftedWindowAttention
+    return None
+
+
+def target_class(module: nn.Module) -> type[QuantLayer] | None:
+    """The quantized class for `module` (its own, if it was swapped), or None where there is none."""
+    if isinstance(module, QuantLayer):
+        return type(module)
+    found = SWAPS.get(type(module)) or timm_class(module) or torchvision_class(module)
+    return None if found is None or found.refusal(module) else found
+
+
+def why_not(module: nn.Module) -> str:
+    """Why `module` stays float: a phrase for messages."""
+    found = SWAPS.get(type(module))
+    reason = found.refusal(module) if found else None
+    if reason:
+        return f"it cannot be quantized: {reason}"
+    base = next((b.__name__ for b in type(module).__mro__[1:] if b in SWAPS), None)
+    if base:
+        return f"it cannot be quantized: its class is a {base} with a forward of its own"
+    if type(module).__name__.endswith("Attention"):
+        return "its products have no quantized form"
+    return "layers of this class have no quantized form"
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `model` that rules can give quantizers, by dotted name, in the order of definition."""
+    found = {n: m for n, m in model.named_modules() if quantizable(m)}
+    for name, module in model.named_modules():
+        # An attention layer that stays torch's own never calls this child: its quantizers would not run.
+        if isinstance(module, nn.MultiheadAttention) and not quantizable(module):
+            found.pop(f"{name}.out_proj" if name else "out_proj", None)
+    return found
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -42,7 +84,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 def quantizable(module: nn.Module) -> bool:
     """Whether rules can give `module` quantizers (already swapped layers included)."""
-    return is_quantized(module) or target_class(module) is not None
+    return target_class(module) is not None
 
 
 def swap(module: nn.Module, name: str) -> QuantLayer:
@@ -55,13 +97,17 @@ def swap(module: nn.Module, name: str) -> QuantLayer:
         return module
     target = target_class(module)
     if target is None:
-        raise BitwrightError(f"{name}: a {type(module).__name__} cannot be quantized")
-    if isinstance(module, nn.MultiheadAttention):
-        reason = QuantMultiheadAttention.refusal(module)
-        if reason:
-            raise BitwrightError(f"{name}: this MultiheadAttention cannot be quantized: {reason}")
+        raise BitwrightError(f"{name}: {type(module).__name__}: {why_not(module)}")
     module.__class__ = target  # pyright: ignore[reportAttributeAccessIssue]
     assert isinstance(module, QuantLayer)
     for slot in (*module.weight_slots, *module.input_slots):
         module.register_module(slot, None)
     return module
+
+
+def unswap(module: nn.Module, original: type[nn.Module]) -> None:
+    """Undo `swap`: the class `original` again, without slots."""
+    if isinstance(module, QuantLayer):
+        for slot in (*module.weight_slots, *module.input_slots):
+            delattr(module, slot)
+        module.__class__ = original  # pyright: ignore[reportAttributeAccessIssue]

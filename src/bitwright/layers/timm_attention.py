@@ -1,14 +1,9 @@
 """timm's `Attention` with quantized products; imported only where timm is in use."""
 
 from timm.layers.attention import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitwright.layers.attention import QuantAttentionBase, scaled_dot_product
-
-
-def supported(module: nn.Module) -> bool:
-    """Whether `module` is exactly timm's standard attention, whose forward is restated below."""
-    return type(module) is Attention
 
 
 class QuantTimmAttention(QuantAttentionBase, Attention):
