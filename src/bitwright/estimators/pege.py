@@ -45,7 +45,7 @@ def pege_gradient(g: Tensor, error: Tensor, strength: Tensor, width: Tensor, for
     elif form == "elementwise":
         more = strength * g.abs() * error
     else:
-        more = strength * g.abs().mean() * error
+        more = strength * error * g.abs().mean()
     return g + more.to(g.dtype)
 
 
