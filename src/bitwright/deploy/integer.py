@@ -29,7 +29,7 @@ class InputCodes(nn.Module):
 
     Attributes:
         name: of the quantizer in the training form. scale: (channels,) or (1,), float32, positive.
-        zero: (1,) or (channels,), float32, whole or not. lo, hi: bounds of the code. bits: bit-width.
+        zero: (1,) or (channels,), float32. whole: every zero point is one of the codes. lo, hi: bounds of the code. bits: bit-width.
         axis: channel axis, counted from the end.
     """
 
@@ -41,7 +41,9 @@ class InputCodes(nn.Module):
         self.name, self.lo, self.hi, self.axis, self.bits = name, affine.lo, affine.hi, axis, bits
         self.register_buffer("scale", affine.scale.float())
         self.register_buffer("zero", affine.zero.float())
-        self.whole = bool((self.zero == self.zero.round()).all())
+        # A zero point outside the codes (an LSQ+ offset can be) fits no container either.
+        inside = (self.zero == self.zero.round()) & (self.zero >= self.lo) & (self.zero <= self.hi)
+        self.whole = bool(inside.all())
         self.shifted = bool((self.zero != 0).any())
         self.placeholder = False
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
+import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
@@ -17,6 +18,14 @@ from bitwright.deploy.packing import OPSET, field_widths, function_name, pack_fi
 from bitwright.errors import BitwrightError
 
 PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+def container_zero(codes: InputCodes) -> int:
+    """What is added to codes in the file, where all are uint8: 128 where they can be negative.
+
+    x86 kernels want unsigned inputs, and onnxruntime rewrites int8 ones on its own, not always correctly.
+    """
+    return 128 if codes.lo < 0 else 0
 
 
 @dataclass(frozen=True)
@@ -65,41 +74,42 @@ class Lowering:
     def quantized(self, codes: InputCodes, x: str, pads: list[int] | None = None, mode: str = "") -> str:
         """Quantize `x`; returns the dequantized tensor. With `pads` the codes are padded in between."""
         at = self.call(codes.name)
-        dtype = np.uint8 if codes.lo >= 0 else np.int8
-        info = np.iinfo(dtype)
+        base = container_zero(codes)
+        lo, hi = codes.lo + base, codes.hi + base
         per_axis = {} if codes.per_tensor else {"axis": codes.axis}
-        scale_values = codes.scale.numpy() if not codes.per_tensor else codes.scale.numpy().reshape(())
-        scale = self.constant(f"{codes.name}.scale", scale_values)
-        zero = self.zero_point(codes, dtype)
-        narrow = (codes.lo, codes.hi) != (info.min, info.max)
+        narrow = (lo, hi) != (0, 255)
         out = f"{at}.codes"
+        scale = zero = ""
         if codes.whole:
+            values = codes.scale.numpy()
+            scale = self.constant(f"{codes.name}.scale", values.reshape(()) if codes.per_tensor else values)
+            zero = self.zero_point(codes, base)
             k = self.node("QuantizeLinear", [x, scale, zero], f"{at}.q" if narrow else out, **per_axis)
         else:
             # A fractional zero point is added in floating point, as in training, and rounded afterwards.
             v = self.node("Div", [x, self.spread(codes, codes.scale, "scale")], f"{at}.steps")
             v = self.node("Add", [v, self.spread(codes, codes.zero, "zero")], f"{at}.shifted")
-            unit, none = self.scalar(1.0, np.float32), self.scalar(0, dtype)
+            unit, none = self.scalar(1.0, np.float32), self.scalar(base, np.uint8)
             k = self.node("QuantizeLinear", [v, unit, none], f"{at}.q" if narrow else out)
         if narrow:
-            low = "" if codes.lo == info.min else self.scalar(codes.lo, dtype)
-            high = "" if codes.hi == info.max else self.scalar(codes.hi, dtype)
-            k = self.node("Clip", [k, low, high] if high else [k, low], out)
+            low = [self.scalar(lo, np.uint8) if lo > 0 else ""]
+            high = [self.scalar(hi, np.uint8)] if hi < 255 else []
+            k = self.node("Clip", [k, *low, *high], out)
         if codes.whole:
             if pads is not None:
                 k = self.padded(k, pads, mode, at)
             return self.node("DequantizeLinear", [k, scale, zero], f"{at}.value", **per_axis)
         number = self.node("Cast", [k], f"{at}.number", to=TensorProto.FLOAT)
-        number = self.node("Sub", [number, self.spread(codes, codes.zero, "zero")], f"{at}.centered")
+        number = self.node("Sub", [number, self.spread(codes, codes.zero + base, "center")], f"{at}.centered")
         value = self.node("Mul", [number, self.spread(codes, codes.scale, "scale")], f"{at}.value")
         return value if pads is None else self.padded(value, pads, mode, at)
 
-    def zero_point(self, codes: InputCodes, dtype: type) -> str:
+    def zero_point(self, codes: InputCodes, base: int) -> str:
         """The zero points of a quantizer, in its container."""
-        zero = codes.zero.numpy().round() if codes.whole else np.zeros(1)
+        zero = codes.zero.numpy().round() + base
         if codes.per_tensor:
-            return self.scalar(int(zero[0]), dtype)
-        values = np.broadcast_to(zero, codes.scale.shape).astype(dtype)
+            return self.scalar(int(zero[0]), np.uint8)
+        values = np.broadcast_to(zero, codes.scale.shape).astype(np.uint8)
         return self.constant(f"{codes.name}.zero_point", values)
 
     def spread(self, codes: InputCodes, t: Tensor, what: str) -> str:
@@ -162,7 +172,7 @@ class Lowering:
         values = layer.packed.scale.numpy()
         axis = 1 if transpose else 0
         ndim = layer.packed.numbers.ndim
-        if layer.packed.numbers.dtype == np.int8 or str(layer.packed.numbers.dtype) == "torch.int8":
+        if layer.packed.numbers.dtype == torch.int8:
             scale = self.constant(f"{name}.weight_scale", values if values.size > 1 else values.reshape(()))
             per_axis = {"axis": axis} if values.size > 1 else {}
             return self.node("DequantizeLinear", [codes, scale], out, **per_axis)
@@ -185,7 +195,7 @@ class Lowering:
         late = layer.bias is not None and len(inputs) == 2
         attributes = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
         plain = {"strides": 1, "dilations": 1}
-        kept = {k: v for k, v in attributes.items() if k == "group" and v != 1 or k in plain and set(v) != {1}}
+        kept = {k: v for k, v in attributes.items() if (k == "group" and v != 1) or (k in plain and set(v) != {1})}
         if apart is None and any(pads):
             kept["pads"] = pads
         self.nodes.append(helper.make_node("Conv", inputs, [f"{at}.sum" if late else y], name=at, **kept))
@@ -200,7 +210,9 @@ class Lowering:
         out = f"{layer.name}.bias"
         if f"{out}_codes" in self.initializers:
             return out
-        assert layer.input_quantizer and layer.packed and layer.bias_codes is not None
+        assert layer.input_quantizer is not None
+        assert layer.packed is not None
+        assert layer.bias_codes is not None
         step = (layer.input_quantizer.scale.double() * layer.packed.scale.double()).float().numpy()
         scale = self.constant(f"{out}_scale", step if step.size > 1 else step.reshape(()))
         codes = self.constant(f"{out}_codes", layer.bias_codes.numpy().astype(np.int32))
@@ -214,8 +226,8 @@ class Lowering:
         last = f"{at}.sum" if layer.bias is not None else y
         self.nodes.append(helper.make_node("MatMul", [x, weight], [last], name=at))
         if layer.bias is not None:
-            bias = self.constant(f"{layer.name}.bias", layer.bias.numpy())
-            self.nodes.append(helper.make_node("Add", [last, bias], [y], name=f"{at}.add_bias"))
+            bias = self.constant(f"{layer.name}.negative_bias", -layer.bias.numpy())
+            self.nodes.append(helper.make_node("Sub", [last, bias], [y], name=f"{at}.add_bias"))
 
     def embedding(self, layer: IntEmbedding, at: str, x: str, y: str) -> None:
         """Rows of codes are gathered before they are scaled: the table stays packed integers in memory."""

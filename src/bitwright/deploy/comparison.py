@@ -1,0 +1,175 @@
+"""What `verify` compares and when a difference is beyond what rounding explains."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+# Two exact implementations still disagree where float32 rounding upstream (a norm, a softmax, a requantization) puts
+# a value on the other side of a tie. Over images whose earlier codes all agree this stays below one in a thousand.
+FLIP_RATE = 1e-3
+# Such a disagreement is one step of the grid, never more.
+LARGEST_STEP = 1
+# Logits of images whose codes all agree differ by float32 rounding only, relative to the largest logit.
+LOGIT_RATE = 1e-4
+
+
+@dataclass
+class Comparison:
+    """Codes of one quantizer in two forms of the network.
+
+    codes, flips, steps: elements compared, elements that differ, largest difference in steps of the grid.
+    clean_codes, clean_flips, clean_steps: the same over images whose codes agreed in every quantizer before.
+    """
+
+    codes: int = 0
+    flips: int = 0
+    steps: int = 0
+    clean_codes: int = 0
+    clean_flips: int = 0
+    clean_steps: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Share of codes that differ."""
+        return self.flips / max(self.codes, 1)
+
+    @property
+    def ok(self) -> bool:
+        """Whether what differs is what rounding explains; a single flip always is."""
+        allowed = max(1.0, FLIP_RATE * self.clean_codes)
+        return self.clean_flips <= allowed and self.clean_steps <= LARGEST_STEP
+
+    def add(self, a: Tensor, b: Tensor, clean: Tensor) -> Tensor:
+        """Take in two code tensors (images, n); returns which images are still clean."""
+        off = (a - b).abs()
+        per_image = off.amax(1)
+        self.codes += off.numel()
+        self.flips += int((off > 0).sum())
+        self.steps = max(self.steps, int(per_image.max()))
+        if bool(clean.any()):
+            self.clean_codes += off[clean].numel()
+            self.clean_flips += int((off[clean] > 0).sum())
+            self.clean_steps = max(self.clean_steps, int(per_image[clean].max()))
+        return clean & (per_image == 0)
+
+
+@dataclass
+class InputRow:
+    """One input quantizer: training form against frozen form, frozen form against file."""
+
+    name: str
+    bits: int
+    frozen: Comparison = field(default_factory=Comparison)
+    file: Comparison = field(default_factory=Comparison)
+
+    def difference(self) -> str | None:
+        """What is beyond tolerance, or None."""
+        forms = (("the training form and the frozen form", self.frozen), ("the frozen form and the file", self.file))
+        for forms_named, c in forms:
+            if not c.ok:
+                return (
+                    f"{self.name}: {c.clean_flips} of {c.clean_codes} codes differ between {forms_named}, "
+                    f"by up to {c.clean_steps} steps"
+                )
+        return None
+
+
+@dataclass
+class WeightRow:
+    """One layer's weight and bias: the frozen form against what the runtime dequantizes from the file."""
+
+    name: str
+    bits: int
+    weights: int
+    different: int
+    bias_different: int
+
+    def difference(self) -> str | None:
+        """What is beyond tolerance, or None."""
+        if self.different:
+            return f"{self.name}: {self.different} of {self.weights} weights in the file differ from the trained ones"
+        if self.bias_different:
+            return f"{self.name}: {self.bias_different} biases in the file differ from the trained ones"
+        return None
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found.
+
+    layers: weights and inputs in the order of execution. images: how many were compared. clean_images: of these,
+    images whose codes agree everywhere in all three forms. different_frozen, different_file: images on which the
+    predictions of the training form differ from the frozen form's and from the file's. logit_difference: largest
+    absolute difference of logits between training form and file; clean_logit_difference: over clean images.
+    largest_logit: largest |logit|. first_difference: one line, None where everything is within tolerance.
+    """
+
+    path: str
+    layers: list[WeightRow | InputRow]
+    images: int = 0
+    clean_images: int = 0
+    different_frozen: int = 0
+    different_file: int = 0
+    logit_difference: float = 0.0
+    clean_logit_difference: float = 0.0
+    largest_logit: float = 0.0
+
+    @property
+    def first_difference(self) -> str | None:
+        """The first thing beyond tolerance, in the order of execution."""
+        found = next((d for row in self.layers if (d := row.difference()) is not None), None)
+        if found is not None:
+            return found
+        if self.different_frozen or self.different_file:
+            moved = [r.name for r in self.layers if isinstance(r, InputRow) and r.frozen.flips + r.file.flips]
+            where = f"codes first differ at {moved[0]}" if moved else "all codes agree"
+            count = max(self.different_frozen, self.different_file)
+            return f"output: {count} of {self.images} predictions differ; {where}"
+        if self.clean_logit_difference > LOGIT_RATE * self.largest_logit:
+            return (
+                f"output: logits differ by {self.clean_logit_difference:.3g} where all codes agree; "
+                f"the largest logit is {self.largest_logit:.3g}"
+            )
+        return None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the file is the network that was trained."""
+        return self.first_difference is None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat row per weight and per input, for a table."""
+        out = []
+        for row in self.layers:
+            if isinstance(row, WeightRow):
+                out.append(
+                    {
+                        "name": row.name,
+                        "what": "weight",
+                        "bits": row.bits,
+                        "values": row.weights,
+                        "different_frozen": 0,
+                        "different_file": row.different + row.bias_different,
+                        "largest_steps": 0,
+                        "ok": row.difference() is None,
+                    }
+                )
+            else:
+                out.append(
+                    {
+                        "name": row.name,
+                        "what": "input",
+                        "bits": row.bits,
+                        "values": row.file.codes,
+                        "different_frozen": row.frozen.flips,
+                        "different_file": row.file.flips,
+                        "largest_steps": max(row.frozen.steps, row.file.steps),
+                        "ok": row.difference() is None,
+                    }
+                )
+        return out
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {**asdict(self), "ok": self.ok, "first_difference": self.first_difference, "layers": self.rows()}

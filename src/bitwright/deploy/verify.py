@@ -1,0 +1,185 @@
+"""`verify`: is this file the network that was trained? Layer by layer, in the runtime as users run it."""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.calibrate import batch_inputs, evaluating
+from bitwright.deploy.comparison import InputRow, VerifyReport, WeightRow
+from bitwright.deploy.freeze import freeze
+from bitwright.deploy.integer import InputCodes, IntLayer, IntLinear
+from bitwright.deploy.lower import container_zero
+from bitwright.deploy.probe import Probe, code_tensors, open_session, read, run_session
+from bitwright.errors import BitwrightError
+from bitwright.prepare import quantizers
+
+
+def verify(
+    model: nn.Module,
+    path: str | Path,
+    batches: Iterable[Any],
+    *,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+) -> VerifyReport:
+    """Compare the training form, the frozen integer form and the file in onnxruntime at default settings.
+
+    Predictions come from the file as it is. Codes and weights come from a second session on a copy in memory whose
+    integer tensors are outputs as well.
+
+    Args:
+        model: as it was exported; it is not changed.
+        path: the file.
+        batches: inputs, or (input, target) pairs; all are used.
+        providers: of onnxruntime.
+
+    Raises:
+        BitwrightError: the file is missing, damaged, not written by `export`, or of a network with other layers;
+            there is no batch; or the model has no frozen form.
+    """
+    path = Path(path)
+    stream = (batch_inputs(b).cpu() for b in batches)
+    first = next(stream, None)
+    if first is None:
+        raise BitwrightError("verify: no batch was given")
+    proto = read(path)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    training = model if device.type == "cpu" else copy.deepcopy(model).cpu()
+    frozen = freeze(training, first)
+    layers = {m.name: m for m in frozen.modules() if isinstance(m, IntLayer)}
+    with evaluating(training), torch.no_grad(), Recorder(training, frozen) as recorder:
+        recorder.run(first[:1])
+        calls = {name: len(codes) for name, codes in recorder.frozen.items()}
+        session = open_session(str(path), path, providers)
+        probe = Probe(proto, path, {n: layers[n] for n in recorder.order if n in layers}, calls, first[:1], providers)
+        rows = [
+            weight_row(layers[n], probe) if n in layers else InputRow(n, recorder.codes[n].bits) for n in recorder.order
+        ]
+        report = VerifyReport(str(path), rows)
+        for x in (first, *stream):
+            outputs = recorder.run(x)
+            logits = torch.from_numpy(run_session(session, path, None, x)[0])
+            clean = compare_codes(report, recorder, probe.run(x), x.shape[0])
+            compare_outputs(report, *outputs, logits, clean)
+    return report
+
+
+def weight_row(layer: IntLayer, probe: Probe) -> WeightRow:
+    """One layer's numbers against the file's, exactly."""
+    values = probe.constants[f"{layer.name}.weight"]
+    values = values.T if isinstance(layer, IntLinear) else values
+    wrong = count_different(layer.values, values)
+    wrong_bias = 0
+    if layer.bias is not None:
+        bias = probe.bias(layer.name)
+        # An integer bias is dequantized with its own rounding; its integers agree if it is within half a step.
+        wrong_bias = count_different(layer.bias, bias.reshape(-1), 1e-6)
+    return WeightRow(layer.name, layer.bits, layer.values.numel(), wrong, wrong_bias)
+
+
+def count_different(a: Tensor, b: Tensor, relative: float = 0.0) -> int:
+    """How many elements differ by more than a share of their size; all of them where the shapes differ."""
+    if a.shape != b.shape:
+        return a.numel()
+    return int((~torch.isclose(a, b, rtol=relative, atol=0.0)).sum())
+
+
+class Recorder:
+    """Runs training and frozen form on the same input and keeps the codes of every input quantizer.
+
+    Attributes:
+        codes: the frozen form's input quantizers by name.
+        order: names of layers and input quantizers as the frozen form executes them.
+        training, frozen: {quantizer: one int16 code tensor per call}, of the last run.
+    """
+
+    def __init__(self, model: nn.Module, frozen: nn.Module):
+        self.models = model, frozen
+        self.codes = {m.name: m for m in frozen.modules() if isinstance(m, InputCodes)}
+        self.order: list[str] = []
+        self.training: dict[str, list[Tensor]] = {}
+        self.frozen: dict[str, list[Tensor]] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> "Recorder":
+        model, frozen = self.models
+        for name, quantizer in quantizers(model).items():
+            if name in self.codes:
+                self.handles.append(quantizer.register_forward_hook(self.training_hook(self.codes[name])))
+        for module in frozen.modules():
+            if isinstance(module, IntLayer):
+                self.handles.append(module.register_forward_pre_hook(lambda m, _: self.note(m.name)))
+            elif isinstance(module, InputCodes):
+                self.handles.append(module.register_forward_hook(self.frozen_hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def note(self, name: str) -> None:
+        """Remember the order of first calls."""
+        if name not in self.order:
+            self.order.append(name)
+
+    def training_hook(self, codes: InputCodes) -> Callable[[nn.Module, Any, Tensor], None]:
+        """A hook that reads codes off the values that the training form computes with."""
+
+        def hook(_module: nn.Module, _args: Any, y: Tensor) -> None:
+            steps = y.double() / codes.along_axis(codes.scale, y.ndim).double()
+            k = (steps + codes.along_axis(codes.zero, y.ndim).double()).round()
+            self.training.setdefault(codes.name, []).append(k.to(torch.int16))
+
+        return hook
+
+    def frozen_hook(self, codes: nn.Module, _args: Any, centered: Tensor) -> None:
+        """A hook that keeps the codes that the frozen form computes with."""
+        assert isinstance(codes, InputCodes)
+        self.note(codes.name)
+        k = (centered + codes.along_axis(codes.zero, centered.ndim).double()).round()
+        self.frozen.setdefault(codes.name, []).append(k.to(torch.int16))
+
+    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs of the training form and of the frozen form."""
+        self.training.clear()
+        self.frozen.clear()
+        model, frozen = self.models
+        return model(x), frozen(x)
+
+
+def per_image(codes: Tensor, images: int) -> Tensor:
+    """(images, n); a tensor that does not keep the images apart (windows, tokens first) counts for all of them."""
+    return codes.reshape(images, -1) if codes.shape[0] % images == 0 else codes.reshape(1, -1).expand(images, -1)
+
+
+def compare_codes(report: VerifyReport, recorder: Recorder, file: dict[str, Tensor], images: int) -> Tensor:
+    """Add one batch to every input row; returns which images agree everywhere, (images,) bool."""
+    clean_frozen = clean_file = torch.ones(images, dtype=torch.bool)
+    for row in report.layers:
+        if not isinstance(row, InputRow):
+            continue
+        base = container_zero(recorder.codes[row.name])
+        ours, trained = recorder.frozen[row.name], recorder.training[row.name]
+        for name, a, b in zip(code_tensors({row.name: len(ours)}), trained, ours, strict=True):
+            frozen = per_image(b, images)
+            clean_frozen = row.frozen.add(per_image(a, images), frozen, clean_frozen)
+            clean_file = row.file.add(frozen, per_image(file[name] - base, images), clean_file)
+    return clean_frozen & clean_file
+
+
+def compare_outputs(report: VerifyReport, trained: Tensor, frozen: Tensor, file: Tensor, clean: Tensor) -> None:
+    """Add one batch's outputs, (images, ..., classes), to the report."""
+    images = trained.shape[0]
+    predictions = trained.argmax(-1).reshape(images, -1)
+    report.images += images
+    report.clean_images += int(clean.sum())
+    report.different_frozen += int((predictions != frozen.argmax(-1).reshape(images, -1)).any(1).sum())
+    report.different_file += int((predictions != file.argmax(-1).reshape(images, -1)).any(1).sum())
+    distance = (trained - file).abs().reshape(images, -1).amax(1)
+    report.logit_difference = max(report.logit_difference, float(distance.max()))
+    report.largest_logit = max(report.largest_logit, float(trained.abs().max()))
+    if bool(clean.any()):
+        report.clean_logit_difference = max(report.clean_logit_difference, float(distance[clean].max()))
