@@ -1,0 +1,26 @@
+"""What all tests share: one thread, no network, a maker of calibrated quantizers."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from bitwright.quantizer import Quantizer
+from making import make_quantizer
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def make() -> Callable[..., Quantizer]:
+    """`make_quantizer(grid, bits, data, ...)`."""
+    return make_quantizer

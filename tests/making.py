@@ -1,0 +1,30 @@
+"""Things that several tests build."""
+
+from typing import Any
+
+from torch import Tensor
+
+from bitwright.calibrate import rows_per_scale
+from bitwright.grids import Shape, Stats
+from bitwright.quantizer import Quantizer
+from bitwright.spec import QuantizerSpec
+
+
+def make_quantizer(
+    grid: str,
+    bits: int,
+    data: Tensor,
+    *,
+    role: str = "weight",
+    signed: bool | None = None,
+    channels: int = 1,
+    estimator: str = "clipped_ste",
+    **options: Any,
+) -> Quantizer:
+    """A quantizer in the dtype of `data`, initialized from it; `options` are the grid's."""
+    axis = 0 if role == "weight" else 1
+    shape = Shape(role, channels, axis, data.numel() if role == "weight" else 0, data.ndim == 2)  # pyright: ignore
+    spec = QuantizerSpec(bits=bits, grid=grid, estimator=estimator, signed=signed, grid_options=options)  # pyright: ignore
+    made = Quantizer(spec, shape).to(data.dtype)
+    made.initialize(Stats.of(rows_per_scale(data, made.shape)))
+    return made
