@@ -45,7 +45,15 @@ class Rule(BaseModel, metaclass=OneLineErrors):
         return (value,) if isinstance(value, str) else value
 
 
-def rules(bits: str, *, ends: int | None = 8, grid: str = "lsq", estimator: str = "clipped_ste") -> list[Rule]:
+def rules(
+    bits: str,
+    *,
+    ends: int | None = 8,
+    grid: str = "lsq",
+    estimator: str = "clipped_ste",
+    grid_options: dict[str, Any] | None = None,
+    estimator_options: dict[str, Any] | None = None,
+) -> list[Rule]:
     """The usual rules in one call: `rules("w4a4")` quantizes every layer, with the two ends at `ends` bits.
 
     Args:
@@ -53,6 +61,7 @@ def rules(bits: str, *, ends: int | None = 8, grid: str = "lsq", estimator: str 
         ends: bit-width of the first and the last layer; None treats them like the rest. Default 8, the
             field's convention, which costs little and protects accuracy.
         grid, estimator: names for every quantizer (see `QuantizerSpec`).
+        grid_options, estimator_options: keyword arguments of them, for every quantizer.
 
     Raises:
         BitwrightError: `bits` does not have the form `wNaM`, `ends` is outside 1 to 8, or a name is unknown.
@@ -62,7 +71,13 @@ def rules(bits: str, *, ends: int | None = 8, grid: str = "lsq", estimator: str 
         raise BitwrightError(f"bits {bits!r} is not accepted; use wNaM with N and M from 1 to 8, such as 'w4a4'")
 
     def spec(width: int) -> QuantizerSpec:
-        return QuantizerSpec(bits=width, grid=grid, estimator=estimator)  # pyright: ignore[reportArgumentType]
+        return QuantizerSpec(
+            bits=width,
+            grid=grid,  # pyright: ignore[reportArgumentType]
+            estimator=estimator,
+            grid_options=grid_options or {},
+            estimator_options=estimator_options or {},
+        )
 
     weight, inputs = spec(int(parts[0])), spec(int(parts[1]))
     found = [Rule(match=("*",), weight=weight, input=inputs, attention=inputs)]

@@ -1,6 +1,10 @@
 """Training methods, one folder each: what else happens in a training step."""
 
+from bitwright.methods.adaqat import AdaQAT
 from bitwright.methods.base import Batch, Method
+from bitwright.methods.bwrf import BWRF
+from bitwright.methods.ewgs import EWGSDelta
 from bitwright.methods.kd import KD
+from bitwright.methods.pege import PEGECurriculum
 
-__all__ = ["KD", "Batch", "Method"]
+__all__ = ["BWRF", "KD", "AdaQAT", "Batch", "EWGSDelta", "Method", "PEGECurriculum"]

@@ -1,13 +1,15 @@
 """Training methods by the names that recipes use."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
-from bitwright.methods import KD, Method
+from bitwright.methods import BWRF, KD, AdaQAT, EWGSDelta, Method, PEGECurriculum
 from bitwright.training.data import Dataset
 from bitwright.training.lookup import close_matches
 
@@ -47,7 +49,36 @@ def _kd(options: dict[str, Any], context: MethodContext) -> Method:
     return KD(context.need_partner("kd"), **options)
 
 
-METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {"kd": _kd}
+def _bwrf(options: dict[str, Any], context: MethodContext) -> Method:
+    # A copy: the method puts hooks on its partner, and another method may run the same one.
+    partner = copy.deepcopy(context.need_partner("bwrf"))
+    return BWRF(context.model, partner, **{"seed": context.seed, **options})
+
+
+def _pege(options: dict[str, Any], context: MethodContext) -> Method:
+    return PEGECurriculum(context.model, context.steps, **options)
+
+
+def _adaqat(options: dict[str, Any], context: MethodContext) -> Method:
+    return AdaQAT(context.model, context.steps, context.cost_table().rows, **options)
+
+
+def _ewgs(options: dict[str, Any], context: MethodContext) -> Method:
+    device = context.example.device
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        return context.dataset.train_batches(epoch=0, seed=context.seed, batch_size=context.batch_size, device=device)
+
+    return EWGSDelta(context.model, F.cross_entropy, batches, **{"seed": context.seed, **options})
+
+
+METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
+    "kd": _kd,
+    "bwrf": _bwrf,
+    "pege": _pege,
+    "adaqat": _adaqat,
+    "ewgs": _ewgs,
+}
 
 
 def make_methods(wanted: list[dict[str, dict[str, Any]]], context: MethodContext) -> list[Method]:

@@ -109,11 +109,11 @@ class CalibrationSection(Section):
 class Recipe(Section):
     """One run.
 
-    bits: `wNaM` for the usual rules (`bitwright.rules`) with `ends` (bit-width of the first and last layer, None: like
-    the rest), `grid` and `estimator`; `float`: no quantizers, an ordinary training. rules: an ordered list that comes
-    after those. methods: names, or {name: options}. partner: see `PartnerSection`; None starts from fresh weights.
-    amp: autocast of training steps; evaluation is float32. threads: of the CPU, default all cores; results are
-    bit-identical for the same number only. device: auto, cpu, cuda, cuda:N.
+    bits: `wNaM` for the usual rules (`bitwright.rules`) with `ends` (bit-width of the first and last layer, None:
+    like the rest), `grid` and `estimator` with their options; `float`: no quantizers, an ordinary training. rules: an
+    ordered list that comes after those. methods: names, or {name: options}. partner: see `PartnerSection`; None
+    starts from fresh weights. amp: autocast of training steps; evaluation is float32. threads: of the CPU, default
+    all cores; results are bit-identical for the same number only. device: auto, cpu, cuda, cuda:N.
     """
 
     data: DataSection
@@ -121,7 +121,9 @@ class Recipe(Section):
     bits: str | None = None
     ends: Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)] | None = 8
     grid: GridName = "lsq"
+    grid_options: dict[str, Any] = Field(default_factory=dict)
     estimator: str = "clipped_ste"
+    estimator_options: dict[str, Any] = Field(default_factory=dict)
     rules: list[Rule] = Field(default_factory=list)
     methods: list[dict[str, dict[str, Any]]] = Field(default_factory=list)
     optimizer: OptimizerSection = OptimizerSection()
@@ -168,7 +170,15 @@ class Recipe(Section):
         """The usual rules, then the recipe's own. Raises: BitwrightError for bits of another form."""
         if self.bits in (None, "float"):
             return list(self.rules)
-        return rules(self.bits, ends=self.ends, grid=self.grid, estimator=self.estimator) + list(self.rules)
+        usual = rules(
+            self.bits,
+            ends=self.ends,
+            grid=self.grid,
+            estimator=self.estimator,
+            grid_options=self.grid_options,
+            estimator_options=self.estimator_options,
+        )
+        return usual + list(self.rules)
 
     def digest(self) -> str:
         """Hexadecimal hash of everything that decides what the run computes; where it runs does not count."""
@@ -191,7 +201,9 @@ def float_recipe(recipe: Recipe, partner: PartnerSection) -> Recipe:
             # Of no effect without quantizers: fixed, so that runs that differ in them share a partner.
             "ends": 8,
             "grid": "lsq",
+            "grid_options": {},
             "estimator": "clipped_ste",
+            "estimator_options": {},
             "calibration": CalibrationSection(),
         }
     )
