@@ -1,15 +1,17 @@
 """Coverage: which quantizers really ran, and which layers stayed float."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitwright.calibrate import batch_inputs, device_of, evaluating
 from bitwright.errors import BitwrightError
 from bitwright.layers import Add, QuantLayer, candidates, why_not
 from bitwright.prepare import quantizers
+from bitwright.quantizer import Quantizer
 
 # Layers that compute with weights of their own: where they stay float, the user should know.
 COMPUTING = (
@@ -54,16 +56,30 @@ def coverage(model: nn.Module, batch: Any) -> Coverage:
     """
     found = quantizers(model)
     called: set[str] = set()
-    hooks = [q.register_forward_hook(lambda q, *_, n=n: None if q.bypass else called.add(n)) for n, q in found.items()]
+    # Not hooks: torch leaves its fused paths where it sees any, and this pass would not be the one that evaluates.
+    for name, quantizer in found.items():
+        quantizer.forward = remembering(quantizer, name, called)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with evaluating(model), torch.no_grad():
             model(batch_inputs(batch).to(device_of(model)))
     finally:
-        for hook in hooks:
-            hook.remove()
+        for quantizer in found.values():
+            del quantizer.forward
     left, notes = stayed_float(model)
     ran = tuple(n for n in found if n in called)
     return Coverage(ran, tuple(n for n in found if n not in called), left, notes)
+
+
+def remembering(quantizer: Quantizer, name: str, called: set[str]) -> Callable[[Tensor], Tensor]:
+    """`quantizer.forward` that adds `name` to `called` when it quantizes."""
+    forward = quantizer.forward
+
+    def remember(x: Tensor) -> Tensor:
+        if not quantizer.bypass:
+            called.add(name)
+        return forward(x)
+
+    return remember
 
 
 def stayed_float(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
