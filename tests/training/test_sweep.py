@@ -1,0 +1,96 @@
+"""Sweeps: expansion, the table, and real processes."""
+
+import csv
+import json
+import statistics
+
+import pytest
+import yaml
+
+from bitwright.errors import BitwrightError
+from bitwright.training.sweep import SweepFile, as_override, expand, markdown, read_sweep, run_sweep
+
+TINY = {
+    "data": {"name": "digits", "options": {"subset": 128}},
+    "model": {"name": "resnet8", "options": {"width": 4}},
+    "bits": "w4a4",
+    "schedule": {"epochs": 1, "batch_size": 64},
+    "threads": 1,
+}
+
+
+def test_every_combination_once_whole_rounds_of_seeds_first():
+    sweep = SweepFile(
+        recipe="r", seeds=[3, 4], grid={"bits": ["w2a2", "w4a4"]}, variants={"a": {}, "b": {"optimizer.lr": 0.5}}
+    )
+    runs = expand(sweep)
+    assert [r.name for r in runs[:4]] == ["a-w2a2-seed3", "b-w2a2-seed3", "a-w4a4-seed3", "b-w4a4-seed3"]
+    assert len({r.name for r in runs}) == 8
+    assert runs[1].overrides == ("threads=1", "bits=w2a2", "optimizer.lr=0.5", "seed=3")
+
+
+@pytest.mark.parametrize("value", [1, 0.04, "w2a2", True, None, [{"bwrf": {"sample": True}}, "kd"], {"a": [1, "x: y"]}])
+def test_overrides_are_one_line_of_yaml_that_reads_back(value):
+    key, _, text = as_override("some.key", value).partition("=")
+    assert key == "some.key"
+    assert "\n" not in text
+    assert yaml.safe_load(text) == value
+
+
+def test_two_runs_may_not_share_a_folder():
+    with pytest.raises(BitwrightError, match="share the folder"):
+        expand(SweepFile(recipe="r", seeds=[1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("recipe: r\nvariant: {}\n", "variant: .*accepted keys: recipe"),
+        ("recipe: r\njobs: 0\n", "jobs: 0"),
+        ("recipe: r\nseeds: [a]\n", "seeds.0: 'a'"),
+        ("- r\n", "mapping"),
+        ("recipe: [\n", "not YAML"),
+    ],
+)
+def test_bad_files_get_one_line(tmp_path, text, message):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    with pytest.raises(BitwrightError, match=message) as caught:
+        read_sweep(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_markdown_has_mean_and_sample_deviation():
+    accuracies = [0.80, 0.82, 0.87]
+    rows = [
+        {"variant": "v", "accuracy": a, "float_accuracy": 0.9, "train_seconds": 10.0, "bitops": 2e9} for a in accuracies
+    ]
+    line = markdown(rows, []).splitlines()[2]
+    percent = [100 * a for a in accuracies]
+    assert line == f"| v | 83.00 ± {statistics.stdev(percent):.2f} | 90.00 | 3 | 10 | 2.0000 |"
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_survives_a_failing_run_and_goes_on(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(TINY))
+    path, out = tmp_path / "sweep.yaml", tmp_path / "out"
+    bad = {"methods": ["kd"]}  # no partner in the recipe
+    sweep = {"recipe": "base.yaml", "seeds": [0], "jobs": 2, "variants": {"lsq": {}, "bad": bad}}
+    path.write_text(yaml.safe_dump(sweep, sort_keys=False))
+    said: list[str] = []
+    assert run_sweep(path, out, say=said.append) == 1
+    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert [r["run"] for r in rows] == ["lsq-seed0", "bad-seed0"]
+    summary = json.loads((out / "lsq-seed0" / "summary.json").read_text())
+    assert float(rows[0]["accuracy"]) == summary["accuracy"]
+    assert "partner" in rows[1]["error"]
+    assert rows[1]["accuracy"] == ""
+    # A second call runs only what is missing: finished runs keep their files.
+    stamp = (out / "lsq-seed0" / "summary.json").stat().st_mtime_ns
+    sweep["variants"] = {"lsq": {}}
+    path.write_text(yaml.safe_dump(sweep))
+    said.clear()
+    assert run_sweep(path, out, say=said.append) == 0
+    assert said == ["1 runs, 1 finished before, 2 side by side"]
+    assert (out / "lsq-seed0" / "summary.json").stat().st_mtime_ns == stamp
