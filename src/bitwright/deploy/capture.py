@@ -1,20 +1,38 @@
-"""Which BatchNorm follows which layer, read from the captured graph: names and definition order say nothing."""
+"""What surrounds each layer, read from the captured graph: names and definition order say nothing."""
 
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from bitwright.deploy.integer import symbol
 from bitwright.errors import BitwrightError
 from bitwright.layers import QuantConv1d, QuantConv2d, QuantLinear
-from bitwright.prepare import quantizers, set_bypass
+from bitwright.prepare import quant_layers, quantizers, set_bypass
 
 ATEN = torch.ops.aten
-CONVOLUTIONS = {ATEN.conv1d.default: 3, ATEN.conv2d.default: 4, ATEN.conv1d.padding: 3, ATEN.conv2d.padding: 4}
+CONVOLUTIONS: dict[Any, int] = {  # axes of the output
+    ATEN.conv1d.default: 3,
+    ATEN.conv2d.default: 4,
+    ATEN.conv1d.padding: 3,
+    ATEN.conv2d.padding: 4,
+}
+# Runtimes merge these between a convolution and the quantizer behind it into the integer kernel.
+CLIPS = {
+    ATEN.relu.default,
+    ATEN.relu_.default,
+    ATEN.relu6.default,
+    ATEN.hardtanh.default,
+    ATEN.hardtanh_.default,
+    ATEN.clamp.default,
+    ATEN.clamp_min.default,
+}
 
 
 @contextmanager
@@ -30,6 +48,25 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What follows a convolution or linear layer.
+
+    norm: name of the BatchNorm that alone reads its output, or None. readers: names of the input quantizers that
+    read its output as it is, or behind the norm or a ReLU.
+    """
+
+    norm: str | None
+    readers: tuple[str, ...]
+
+
+class Mark(nn.Module):
+    """Stands for an input quantizer in the captured graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return symbol("Quantize", x, x.shape, x.dtype, {})
+
+
 def is_plain_norm(module: nn.Module) -> bool:
     """Whether `module` normalises and does nothing else, or is timm's norm with `drop` and `act` behind it."""
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -37,18 +74,27 @@ def is_plain_norm(module: nn.Module) -> bool:
     return type(module) in plain or timm_norm
 
 
-def without_norm(module: nn.Module) -> nn.Module:
+def without_norm(module: Any) -> nn.Module:
     """What is left of a norm that was folded: its activation, if it had one."""
-    if isinstance(module, nn.BatchNorm1d | nn.SyncBatchNorm) or type(module) is nn.BatchNorm2d:
-        return nn.Identity()
-    return nn.Sequential(module.drop, module.act)  # pyright: ignore[reportArgumentType]
+    return nn.Sequential(module.drop, module.act) if hasattr(module, "act") else nn.Identity()
 
 
-def norm_pairs(model: nn.Module, example: Tensor) -> dict[str, str]:
-    """{layer name: BatchNorm name}: norms that alone read the output of a convolution or linear layer.
+def marked(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose weights are float and whose input quantizers are marks."""
+    twin = copy.deepcopy(model).eval()
+    set_bypass(quantizers(twin).values(), True)
+    for layer in quant_layers(twin).values():
+        for slot in layer.input_slots:
+            if getattr(layer, slot, None) is not None:
+                setattr(layer, slot, Mark())
+    return twin
 
-    Both must be called exactly once, and the norm must run on its stored statistics along the layer's output
-    channels. Everything else stays float in the deployed network.
+
+def surroundings(model: nn.Module, example: Tensor) -> dict[str, Surroundings]:
+    """What follows each quantized convolution and linear layer that is called exactly once.
+
+    A norm counts if it is called once too and runs on its stored statistics along the layer's output channels;
+    every other norm stays float in the deployed network.
 
     Args:
         model: prepared; it is not changed.
@@ -57,42 +103,60 @@ def norm_pairs(model: nn.Module, example: Tensor) -> dict[str, str]:
     Raises:
         BitwrightError: `torch.export` cannot capture the model.
     """
-    twin = copy.deepcopy(model).eval()
-    set_bypass(quantizers(twin).values(), True)  # the float graph has the same layers and far fewer nodes
+    twin = marked(model)
     try:
         with quiet_export(), torch.no_grad():
             program = torch.export.export(twin, (example,), strict=False)
+    except BitwrightError:
+        raise
     except Exception as error:
         raise BitwrightError(f"{type(model).__name__}: torch.export cannot capture it: {first_line(error)}") from error
     modules = dict(twin.named_modules())
     buffers = program.graph_signature.inputs_to_buffers
-    calls: Counter[str] = Counter()
-    pairs: dict[str, str] = {}
-    for node in program.graph.nodes:
-        owner = layer_of(node, modules)
-        calls.update([owner] if owner else [])
-        if node.target is ATEN.batch_norm.default:
-            norm = norm_of(node, buffers)
-            calls.update([norm] if norm else [])
-            before = layer_of(node.args[0], modules)
-            if norm and before and len(node.args[0].users) == 1 and is_plain_norm(modules[norm]):
-                pairs[before] = norm
-    return {layer: norm for layer, norm in pairs.items() if calls[layer] == 1 and calls[norm] == 1}
+    nodes = {n: owner for n in program.graph.nodes if (owner := layer_of(n, modules))}
+    calls = Counter(nodes.values())
+    calls.update(norm for n in program.graph.nodes if (norm := norm_of(n, buffers)))
+    found = {}
+    for node, name in nodes.items():
+        if calls[name] > 1:
+            continue
+        after = next(iter(node.users), None)
+        norm = norm_of(after, buffers) if after is not None and len(node.users) == 1 else None
+        foldable = norm is not None and calls[norm] == 1 and is_plain_norm(modules[norm])
+        end = after if foldable and after is not None else node
+        found[name] = Surroundings(norm if foldable else None, tuple(readers(end, modules)))
+    return found
 
 
 def layer_of(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     """The quantized layer whose output (batched, channels along axis 1) `node` is, or None."""
     axes = 2 if node.target is ATEN.linear.default else CONVOLUTIONS.get(node.target)
-    stack = node.meta.get("nn_module_stack")
-    if axes is None or not stack or node.meta["val"].ndim != axes:
+    if axes is None or node.meta["val"].ndim != axes:
         return None
-    name = list(stack.values())[-1][0]
+    name = owner_of(node)
     return name if isinstance(modules.get(name), QuantConv1d | QuantConv2d | QuantLinear) else None
 
 
-def norm_of(node: fx.Node, buffers: dict[str, str]) -> str | None:
-    """The module whose running statistics a `batch_norm` node reads, or None if it uses the batch's own."""
+def owner_of(node: fx.Node) -> str:
+    """The innermost module that `node` comes from."""
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    return list(stack.values())[-1][0]
+
+
+def norm_of(node: fx.Node, buffers: Mapping[str, str]) -> str | None:
+    """The module whose running statistics a `batch_norm` node reads; None for other nodes and batch statistics."""
+    if node.target is not ATEN.batch_norm.default:
+        return None
     mean, training = node.args[3], node.args[5]
     if training or not isinstance(mean, fx.Node) or mean.name not in buffers:
         return None
     return buffers[mean.name].rpartition(".")[0]
+
+
+def readers(node: fx.Node, modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Names of the input quantizers that read `node`, also behind ReLUs."""
+    for user in node.users:
+        if isinstance(modules.get(owner_of(user)), Mark):
+            yield owner_of(user)
+        elif user.target in CLIPS:
+            yield from readers(user, modules)

@@ -1,6 +1,7 @@
 """The numbers of a deployed layer: integer weights, scales that absorb BatchNorm, biases on the runtime's grid."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,23 +47,19 @@ def along_first(t: Tensor, ndim: int) -> Tensor:
 
 @torch.no_grad()
 def integer_weight(quantizer: Quantizer, weight: Tensor, name: str) -> Weight:
-    """The weight of a layer as integers.
-
-    The codes are read off the values of the training form, so that ties fall as they do in training.
+    """The weight of a layer as integers: the codes of the training form itself.
 
     Raises:
         BitwrightError: a zero point is neither whole nor half, or the weight is not finite.
     """
     affine = quantizer.affine(weight)
-    values = quantizer(weight).detach().double()
-    if not bool(torch.isfinite(values).all()):
-        raise BitwrightError(f"{name}: the weight holds NaN or infinity")
-    scale, zero = affine.scale.double(), affine.zero.double()
+    zero = affine.zero.double()
+    if not bool(torch.isfinite(weight).all() and torch.isfinite(affine.scale).all()):
+        raise BitwrightError(f"{name}: the weight or its scale holds NaN or infinity")
     step = 1 if bool((zero == zero.round()).all()) else 2
     if zero.numel() > 1 or bool((zero * step != (zero * step).round()).any()):
         raise BitwrightError(f"{name}: a weight's zero point must be one whole or half number, not {zero.tolist()[:3]}")
-    codes = (values / along_first(scale, weight.ndim) + zero).round().clamp(affine.lo, affine.hi)
-    numbers = step * (codes - zero)
+    numbers = step * (quantizer.integer_codes(weight) - zero)
     small = bool((numbers >= -128).all() and (numbers <= 127).all())
     offset = round(step * (affine.lo - float(zero)))
     bits = (affine.hi - affine.lo).bit_length()
@@ -70,13 +67,12 @@ def integer_weight(quantizer: Quantizer, weight: Tensor, name: str) -> Weight:
 
 
 @torch.no_grad()
-def norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """(factor, shift), float64: an evaluating BatchNorm is factor * x + shift per channel."""
-    mean, variance = norm.running_mean.double(), norm.running_var.double()  # pyright: ignore
-    factor = (variance + norm.eps).rsqrt()  # pyright: ignore
-    shift = -mean * factor
+def norm_affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """(factor, shift), float64: the BatchNorm `norm` in evaluation is factor * x + shift per channel."""
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    shift = -norm.running_mean.double() * factor
     if norm.weight is not None:
-        gain, bias = norm.weight.double(), norm.bias.double()  # pyright: ignore
+        gain, bias = norm.weight.double(), norm.bias.double()
         factor, shift = factor * gain, shift * gain + bias
     return factor, shift
 

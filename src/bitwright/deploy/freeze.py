@@ -2,11 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitwright.deploy.capture import norm_pairs, without_norm
+from bitwright.deploy.attention import IntMultiheadAttention, IntProducts, IntTimmAttention, window_attend
+from bitwright.deploy.capture import Surroundings, surroundings, without_norm
 from bitwright.deploy.fold import (
     Weight,
     folded_bias,
@@ -22,9 +26,6 @@ from bitwright.deploy.integer import (
     IntEmbedding,
     IntLayer,
     IntLinear,
-    IntMultiheadAttention,
-    IntProducts,
-    IntTimmAttention,
 )
 from bitwright.errors import BitwrightError
 from bitwright.layers import (
@@ -59,14 +60,13 @@ def freeze(model: nn.Module, example: Tensor) -> nn.Module:
     """
     check_ready(model)
     twin = copy.deepcopy(model).cpu().eval()
-    pairs = norm_pairs(twin, example.cpu())
-    modules = dict(twin.named_modules())
+    plans = layer_plans(twin, example.cpu())
     replaced: dict[int, nn.Module] = {}
     for name, layer in quant_layers(twin).items():
-        norm = modules[pairs[name]] if name in pairs else None
-        replaced[id(layer)] = frozen_layer(layer, name, norm)
-        if norm is not None:
-            replaced[id(norm)] = without_norm(norm)
+        plan = plans.get(name, Plan(None, False))
+        replaced[id(layer)] = frozen_layer(layer, name, plan)
+        if plan.norm is not None:
+            replaced[id(plan.norm)] = without_norm(plan.norm)
     # A replacement can hold layers of its own (an attention's projections), so it is visited as well.
     holder = nn.ModuleList([twin])
     pending: list[nn.Module] = [holder]
@@ -97,7 +97,34 @@ def check_ready(model: nn.Module) -> None:
             raise BitwrightError(f"{name} is not calibrated; call bitwright.calibrate(model, batches) first")
 
 
-def input_codes(layer: QuantLayer, slot: str, name: str) -> InputCodes | None:
+@dataclass(frozen=True)
+class Plan:
+    """How a layer is frozen. norm: what is folded into it. integer_bias: whether a runtime adds its bias as int32.
+
+    That is so where whole codes read its output, and the product, the bias and the rounding become one kernel.
+    """
+
+    norm: nn.Module | None
+    integer_bias: bool
+
+
+def layer_plans(model: nn.Module, example: Tensor) -> dict[str, Plan]:
+    """A plan per layer that is called once."""
+    modules = dict(model.named_modules())
+
+    def whole(quantizer: str) -> bool:
+        layer, _, slot = quantizer.rpartition(".")
+        codes = input_codes(modules[layer], slot, layer)
+        return codes is not None and codes.whole
+
+    def plan(around: Surroundings) -> Plan:
+        norm = None if around.norm is None else modules[around.norm]
+        return Plan(norm, any(whole(name) for name in around.readers))
+
+    return {name: plan(around) for name, around in surroundings(model, example).items()}
+
+
+def input_codes(layer: nn.Module, slot: str, name: str) -> InputCodes | None:
     """The integer form of the input quantizer in `slot`, or None."""
     quantizer = getattr(layer, slot, None)
     if not isinstance(quantizer, Quantizer):
@@ -106,26 +133,22 @@ def input_codes(layer: QuantLayer, slot: str, name: str) -> InputCodes | None:
     return InputCodes(full, quantizer.affine(), quantizer.shape.axis, int(quantizer.bits.item()))
 
 
-def whole_sums(codes: InputCodes | None) -> bool:
-    """Whether sums over this input are integers times one scale."""
-    return codes is not None and codes.per_tensor and codes.whole
-
-
 def weight_and_bias(
-    layer: QuantLayer, name: str, norm: nn.Module | None, codes: InputCodes | None
+    layer: QuantLayer, name: str, plan: Plan, codes: InputCodes | None
 ) -> tuple[Weight | Tensor, Tensor | None, Tensor | None]:
     """(weight, bias float64, bias codes) of a convolution or linear layer after folding.
 
     Only convolutions take biases on the integer grid: runtimes add a linear layer's bias in floating point.
     """
+    norm = plan.norm
     raw = layer.weight_of("weight_quantizer")
     bias = folded_bias(getattr(layer, "bias", None), norm)
     if layer.weight_quantizer is None:
         factor = 1.0 if norm is None else norm_affine(norm)[0].view(-1, *[1] * (raw.ndim - 1))
         return (raw.detach().double() * factor).float(), bias, None
     weight = folded_weight(integer_weight(layer.weight_quantizer, raw, name), norm)
-    integer = isinstance(layer, QuantConv1d | QuantConv2d) and weight.numbers.dtype == torch.int8
-    if bias is None or codes is None or not integer or not whole_sums(codes):
+    integer = isinstance(layer, QuantConv1d | QuantConv2d) and weight.numbers.dtype == torch.int8 and plan.integer_bias
+    if bias is None or codes is None or not integer or not codes.integer:
         return weight, bias, None
     weight, bias_codes = on_bias_grid(weight, bias, codes.scale, codes.reach)
     if bias_codes is not None:
@@ -133,33 +156,33 @@ def weight_and_bias(
     return weight, bias, bias_codes
 
 
-def frozen_weight_layer(
-    layer: QuantLayer, name: str, norm: nn.Module | None, make: Callable[..., IntLayer]
-) -> IntLayer:
+def frozen_weight_layer(layer: QuantLayer, name: str, plan: Plan, make: Callable[..., IntLayer]) -> IntLayer:
     """`make(name=, weight=, bias=, bias_codes=, input_quantizer=)` with the numbers of `layer`."""
     codes = input_codes(layer, "input_quantizer", name)
-    weight, bias, bias_codes = weight_and_bias(layer, name, norm, codes)
-    return make(name=name, weight=weight, bias=bias, bias_codes=bias_codes, input_quantizer=codes)
+    weight, bias, bias_codes = weight_and_bias(layer, name, plan, codes)
+    made = make(name=name, weight=weight, bias=bias, bias_codes=bias_codes, input_quantizer=codes)
+    made.late_bias = plan.integer_bias and bias_codes is None
+    return made
 
 
 @torch.no_grad()
-def frozen_layer(layer: QuantLayer, name: str, norm: nn.Module | None) -> nn.Module:
+def frozen_layer(layer: QuantLayer, name: str, plan: Plan) -> nn.Module:
     """The integer form of one quantized layer; BitwrightError if it has none."""
     if isinstance(layer, QuantConv1d | QuantConv2d):
         same = isinstance(layer, QuantConv2dSame)
-        return frozen_weight_layer(layer, name, norm, lambda **f: IntConv(layer, same=same, **f))
+        return frozen_weight_layer(layer, name, plan, lambda **f: IntConv(layer, same=same, **f))
     if isinstance(layer, QuantLinear):
-        return frozen_weight_layer(layer, name, norm, IntLinear)
+        return frozen_weight_layer(layer, name, plan, IntLinear)
     if isinstance(layer, QuantEmbedding):
-        if layer.max_norm is not None:
-            raise BitwrightError(f"{name}: an embedding with max_norm changes its table at run time; use max_norm=None")
-        return frozen_weight_layer(layer, name, None, IntEmbedding)
+        return frozen_weight_layer(layer, name, plan, IntEmbedding)
     if isinstance(layer, QuantAdd):
         return IntAdd(*(input_codes(layer, slot, name) for slot in layer.input_slots))
     if isinstance(layer, QuantAttentionBase):
         products = IntProducts({slot: input_codes(layer, slot, name) for slot in PRODUCT_SLOTS})
         if isinstance(layer, QuantMultiheadAttention):
             return frozen_multihead(layer, name, products)
+        if hasattr(layer, "attend"):
+            return frozen_windows(layer, products)
         return IntTimmAttention(layer, products)
     raise BitwrightError(f"{name}: a {type(layer).__name__} has no integer form")
 
@@ -171,6 +194,15 @@ def frozen_multihead(layer: QuantMultiheadAttention, name: str, products: IntPro
     weight = raw if layer.weight_quantizer is None else integer_weight(layer.weight_quantizer, raw, name)
     in_proj = IntLinear(name, weight, None if bias is None else bias.detach(), input_quantizer=codes)
     return IntMultiheadAttention(layer, in_proj, products, layer.out_proj)
+
+
+def frozen_windows(layer: Any, products: IntProducts) -> nn.Module:
+    """torchvision's window attention: everything but its products is kept."""
+    for slot in PRODUCT_SLOTS:
+        setattr(layer, slot, None)
+    layer.products = products
+    layer.attend = partial(window_attend, layer, products)
+    return layer
 
 
 @torch.no_grad()
@@ -194,21 +226,17 @@ def snap_biases(model: nn.Module, example: Tensor) -> int:
     """
     check_ready(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    pairs = norm_pairs(model, example.to(device))
-    modules = dict(model.named_modules())
+    plans = layer_plans(model, example.to(device))
     count = 0
     for name, layer in quant_layers(model).items():
-        if not isinstance(layer, QuantConv1d | QuantConv2d):
+        if name not in plans or not plans[name].integer_bias:
             continue
-        norm = modules[pairs[name]] if name in pairs else None
-        codes = input_codes(layer, "input_quantizer", name)
-        _, bias, bias_codes = weight_and_bias(layer, name, norm, codes)
-        if bias is None or bias_codes is None:
-            continue
-        before = folded_bias(layer.bias, norm)
-        assert before is not None
-        move_bias(layer, norm, bias - before)
-        count += 1
+        norm = plans[name].norm
+        _, bias, bias_codes = weight_and_bias(layer, name, plans[name], input_codes(layer, "input_quantizer", name))
+        before = folded_bias(getattr(layer, "bias", None), norm)
+        if before is not None and bias is not None and bias_codes is not None:
+            move_bias(layer, norm, bias - before)
+            count += 1
     return count
 
 

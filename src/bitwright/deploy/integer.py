@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from bitwright.deploy.fold import Weight, along_first
 from bitwright.grids import Affine
-from bitwright.layers.attention import PRODUCT_SLOTS, merge_masks
 from bitwright.layers.conv import same_padding
 
 DOMAIN = "bitwright"
@@ -29,8 +28,8 @@ class InputCodes(nn.Module):
 
     Attributes:
         name: of the quantizer in the training form. scale: (channels,) or (1,), float32, positive.
-        zero: (1,) or (channels,), float32. whole: every zero point is one of the codes. lo, hi: bounds of the code. bits: bit-width.
-        axis: channel axis, counted from the end.
+        zero: (1,) or (channels,), float32. whole: every zero point is one of the codes.
+        lo, hi: bounds of the code. bits: bit-width. axis: channel axis, counted from the end.
     """
 
     scale: Tensor
@@ -51,6 +50,11 @@ class InputCodes(nn.Module):
     def per_tensor(self) -> bool:
         """Whether one scale and zero point serve all channels."""
         return self.scale.numel() == 1 and self.zero.numel() == 1
+
+    @property
+    def integer(self) -> bool:
+        """Whether sums over this input are integers times one scale."""
+        return self.per_tensor and self.whole
 
     @property
     def reach(self) -> int:
@@ -102,6 +106,7 @@ class IntLayer(nn.Module):
         weight_codes: int8 or int16, weight_scale: float32; or weight_float alone, where the weight is not quantized.
         bias: float32 (channels,), or None; with bias_codes (int64 on the grid input scale * weight_scale) it is
             their value, and the codes are what is added.
+        late_bias: a runtime that merges the layer with the quantizer behind it must not round the bias.
     """
 
     weight_codes: Tensor | None
@@ -120,6 +125,7 @@ class IntLayer(nn.Module):
     ):
         super().__init__()
         self.name, self.input_quantizer, self.placeholder = name, input_quantizer, False
+        self.late_bias = False
         self.packed = weight if isinstance(weight, Weight) else None
         self.bits = self.packed.bits if self.packed else 32
         self.register_buffer("weight_codes", self.packed.numbers if self.packed else None)
@@ -127,6 +133,12 @@ class IntLayer(nn.Module):
         self.register_buffer("weight_float", weight.detach().float() if isinstance(weight, Tensor) else None)
         self.register_buffer("bias", None if bias is None else bias.float())
         self.register_buffer("bias_codes", bias_codes)
+
+    @property
+    def integer(self) -> bool:
+        """Whether the sums are those of 8-bit integers, times one scale per output channel."""
+        small = self.weight_codes is not None and self.weight_codes.dtype == torch.int8
+        return small and self.input_quantizer is not None and self.input_quantizer.integer
 
     @property
     def numbers(self) -> Tensor:
@@ -231,96 +243,3 @@ class IntAdd(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         (x, x_factor), (y, y_factor) = operand(self.input_quantizer, a), operand(self.other_quantizer, b)
         return (times(x, x_factor) + times(y, y_factor)).to(a.dtype)
-
-
-class IntProducts(nn.Module):
-    """softmax(q k^T / sqrt(d)) v with exact products; slots as in `bitwright.layers.attention`."""
-
-    def __init__(self, slots: dict[str, InputCodes | None]):
-        super().__init__()
-        for slot in PRODUCT_SLOTS:
-            self.register_module(slot, slots[slot])
-
-    def product(self, left: InputCodes | None, a: Tensor, right: InputCodes | None, b: Tensor, turn: bool) -> Tensor:
-        """The product of quantized `a` and quantized `b` (transposed where `turn`), the dtype of `a`."""
-        (x, x_factor), (y, y_factor) = operand(left, a), operand(right, b)
-        if any(codes is not None and not codes.placeholder for codes in (left, right)):
-            x, y = x.double(), y.double()
-        y = y.transpose(-2, -1) if turn else y
-        return times(x @ y, x_factor * y_factor).to(a.dtype)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """q, k, v: (..., tokens, d). Returns the output and the probabilities before quantization."""
-        slots = (getattr(self, slot) for slot in PRODUCT_SLOTS)
-        query, key, value, attention = slots
-        scores = self.product(query, q * (1.0 / math.sqrt(q.shape[-1])), key, k, True)
-        probabilities = (scores if mask is None else scores + mask).softmax(-1)
-        return self.product(attention, probabilities, value, v, False), probabilities
-
-
-class IntMultiheadAttention(nn.Module):
-    """`nn.MultiheadAttention` deployed; the packed in-projection is one linear layer, `in_proj`.
-
-    The attributes that torch's encoder layers look at are kept.
-    """
-
-    def __init__(self, source: nn.MultiheadAttention, in_proj: IntLinear, products: IntProducts, out_proj: nn.Module):
-        super().__init__()
-        self.in_proj, self.products, self.out_proj = in_proj, products, out_proj
-        self.num_heads, self.head_dim, self.batch_first = source.num_heads, source.head_dim, source.batch_first
-        self.embed_dim, self._qkv_same_embed_dim = source.embed_dim, True
-        self.in_proj_bias = in_proj.bias
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`."""
-        same = query is key and key is value
-        if not self.batch_first and query.ndim == 3:
-            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-        if same:
-            q, k, v = self.in_proj(query).chunk(3, -1)
-        else:
-            q, k, v = (self.in_proj(t).chunk(3, -1)[i] for i, t in enumerate((query, key, value)))
-        split = lambda t: t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)  # noqa: E731
-        mask = merge_masks(attn_mask, key_padding_mask, self.num_heads, q)
-        out, probabilities = self.products(split(q), split(k), split(v), mask)
-        out = self.out_proj(out.transpose(-3, -2).flatten(-2))
-        out = out.transpose(0, 1) if not self.batch_first and out.ndim == 3 else out
-        if not need_weights:
-            return out, None
-        return out, probabilities.mean(-3) if average_attn_weights else probabilities
-
-
-class IntTimmAttention(nn.Module):
-    """`timm.layers.Attention` deployed; its linear layers and norms are modules of their own."""
-
-    def __init__(self, source: Any, products: IntProducts):
-        super().__init__()
-        self.num_heads, self.head_dim, self.attn_dim = source.num_heads, source.head_dim, source.attn_dim
-        self.products = products
-        for part in ("qkv", "gate", "q_norm", "k_norm", "norm", "proj"):
-            self.register_module(part, getattr(source, part))
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(N, tokens, C) to the same; in a boolean mask True means "attend"."""
-        batch, tokens, _ = x.shape
-        gate = self.gate(x).sigmoid() if self.gate is not None else None
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        mask = attn_mask
-        if is_causal:
-            mask = x.new_full((tokens, tokens), float("-inf")).triu(1)
-        elif mask is not None and not mask.is_floating_point():
-            mask = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
-        out, _ = self.products(self.q_norm(q), self.k_norm(k), v, mask)
-        out = self.norm(out.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
-        return self.proj(out if gate is None else out * gate)

@@ -6,6 +6,7 @@ dequantized weight, so that `verify` can ask for them by name.
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -59,7 +60,7 @@ class Lowering:
     def constant(self, name: str, values: np.ndarray) -> str:
         """An initializer, made once per name."""
         if name not in self.initializers:
-            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
+            self.initializers[name] = numpy_helper.from_array(np.array(values, order="C"), name)
         return name
 
     def scalar(self, value: float, dtype: type) -> str:
@@ -71,8 +72,14 @@ class Lowering:
         self.calls[name] += 1
         return name if self.calls[name] == 1 else f"{name}:{self.calls[name] - 1}"
 
-    def quantized(self, codes: InputCodes, x: str, pads: list[int] | None = None, mode: str = "") -> str:
-        """Quantize `x`; returns the dequantized tensor. With `pads` the codes are padded in between."""
+    def quantized(
+        self, codes: InputCodes, x: str, *, integer: bool = True, pads: list[int] | None = None, mode: str = ""
+    ) -> str:
+        """Quantize `x`; returns the dequantized tensor. With `pads` the codes are padded in between.
+
+        With `integer` a runtime may compute on the codes; without, or where the zero points are no codes, nothing in
+        the graph says that the tensor was quantized (onnxruntime would then quantize a float weight on its own).
+        """
         at = self.call(codes.name)
         base = container_zero(codes)
         lo, hi = codes.lo + base, codes.hi + base
@@ -95,7 +102,7 @@ class Lowering:
             low = [self.scalar(lo, np.uint8) if lo > 0 else ""]
             high = [self.scalar(hi, np.uint8)] if hi < 255 else []
             k = self.node("Clip", [k, *low, *high], out)
-        if codes.whole:
+        if codes.whole and integer:
             if pads is not None:
                 k = self.padded(k, pads, mode, at)
             return self.node("DequantizeLinear", [k, scale, zero], f"{at}.value", **per_axis)
@@ -146,7 +153,7 @@ class Lowering:
             self.node("Cast", [packed], out, to=TensorProto.INT8)
             packing, size = "int4", len(raw)
         else:
-            target = TensorProto.INT8 if numbers.dtype == np.int8 else TensorProto.FLOAT
+            target = TensorProto.INT8 if numbers.dtype == np.int8 else TensorProto.FLOAT  # odd 9-bit numbers
             fields = pack_fields(stored, weight.bits)
             widths = field_widths(weight.bits)
             names = [self.constant(f"{name}.weight_u{w}", f) for w, f in zip(widths, fields, strict=True)]
@@ -172,10 +179,14 @@ class Lowering:
         values = layer.packed.scale.numpy()
         axis = 1 if transpose else 0
         ndim = layer.packed.numbers.ndim
-        if layer.packed.numbers.dtype == torch.int8:
+        if layer.integer:
             scale = self.constant(f"{name}.weight_scale", values if values.size > 1 else values.reshape(()))
             per_axis = {"axis": axis} if values.size > 1 else {}
             return self.node("DequantizeLinear", [codes, scale], out, **per_axis)
+        # Beside a float input the weight becomes a plain constant at load. A DequantizeLinear would invite onnxruntime
+        # to quantize the input itself (MatMulNBits does).
+        if layer.packed.numbers.dtype == torch.int8:
+            codes = self.node("Cast", [codes], f"{name}.weight_numbers", to=TensorProto.FLOAT)
         view = values.reshape(1, -1) if transpose else values.reshape(-1, *[1] * (ndim - 1))
         return self.node("Mul", [codes, self.constant(f"{name}.weight_scale", view)], out)
 
@@ -184,18 +195,17 @@ class Lowering:
         codes, mode = layer.input_quantizer, layer.padding_mode
         apart = pads if any(pads) and mode != "zeros" else None
         if codes is not None:
-            x = self.quantized(codes, x, apart, mode)
+            x = self.quantized(codes, x, integer=layer.integer, pads=apart, mode=mode)
         elif apart is not None:
             x = self.padded(x, pads, mode, at)
         inputs = [x, self.weight(layer)]
         if layer.bias_codes is not None:
             inputs.append(self.integer_bias(layer))
-        elif layer.bias is not None and layer.packed is None:
+        elif layer.bias is not None and not layer.late_bias:
             inputs.append(self.constant(f"{layer.name}.bias", layer.bias.numpy()))
         late = layer.bias is not None and len(inputs) == 2
-        attributes = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups}
-        plain = {"strides": 1, "dilations": 1}
-        kept = {k: v for k, v in attributes.items() if (k == "group" and v != 1) or (k in plain and set(v) != {1})}
+        kept: dict[str, Any] = {"group": layer.groups} if layer.groups > 1 else {}
+        kept |= {k: v for k, v in (("strides", layer.stride), ("dilations", layer.dilation)) if set(v) != {1}}
         if apart is None and any(pads):
             kept["pads"] = pads
         self.nodes.append(helper.make_node("Conv", inputs, [f"{at}.sum" if late else y], name=at, **kept))
@@ -221,7 +231,7 @@ class Lowering:
     def linear(self, layer: IntLinear, at: str, x: str, y: str) -> None:
         """A product without a quantized output, which runtimes compute on integers, and a float bias."""
         if layer.input_quantizer is not None:
-            x = self.quantized(layer.input_quantizer, x)
+            x = self.quantized(layer.input_quantizer, x, integer=layer.integer)
         weight = self.weight(layer, transpose=True)
         last = f"{at}.sum" if layer.bias is not None else y
         self.nodes.append(helper.make_node("MatMul", [x, weight], [last], name=at))

@@ -75,14 +75,16 @@ def unpack_function(bits: int, target: int) -> onnx.FunctionProto:
         if width < 8:
             shifts = constant(f"shifts{width}", np.arange(0, 8, width, dtype=np.uint8)[None])
             part = node("BitShift", [field, shifts], f"shifted{width}", direction="RIGHT")
-            part = node("BitwiseAnd", [part, constant(f"mask{width}", np.uint8([(1 << width) - 1]))], f"part{width}")
-        part = node("Reshape", [part, constant(f"flat{width}", np.int64([-1]))], f"line{width}")
+            part = node(
+                "BitwiseAnd", [part, constant(f"mask{width}", np.array([(1 << width) - 1], np.uint8))], f"part{width}"
+            )
+        part = node("Reshape", [part, constant(f"flat{width}", np.array([-1], np.int64))], f"line{width}")
         if below:
-            up = constant(f"up{width}", np.uint8([below]))
+            up = constant(f"up{width}", np.array([below], np.uint8))
             part = node("BitShift", [part, up], f"high{width}", direction="LEFT")
         whole = node("BitwiseOr", [whole, part], f"sum{width}") if whole else part
     count = node("ReduceProd", ["shape"], "count", keepdims=1)
-    cut = node("Slice", [whole, constant("start", np.int64([0])), count], "cut")
+    cut = node("Slice", [whole, constant("start", np.array([0], np.int64)), count], "cut")
     number = node("Cast", [cut], "stored", to=TensorProto.INT32)
     number = node("Add", [node("Mul", [number, "step"], "stepped"), "offset"], "number")
     shaped = node("Reshape", [number, "shape"], "shaped")

@@ -111,7 +111,7 @@ class Recorder:
                 self.handles.append(quantizer.register_forward_hook(self.training_hook(self.codes[name])))
         for module in frozen.modules():
             if isinstance(module, IntLayer):
-                self.handles.append(module.register_forward_pre_hook(lambda m, _: self.note(m.name)))
+                self.handles.append(module.register_forward_pre_hook(lambda *_, n=module.name: self.note(n)))
             elif isinstance(module, InputCodes):
                 self.handles.append(module.register_forward_hook(self.frozen_hook))
         return self
