@@ -3,7 +3,6 @@ import os
 
 import pytest
 import torch
-from methods.nets import float_net
 from torch import nn
 
 from bitwright import BitwrightError
@@ -11,6 +10,7 @@ from bitwright.methods.base import Batch
 from bitwright.methods.bwrf import BWRF, find_blocks
 from bitwright.training.models.vgg import VGGSmall
 from bitwright.training.vision import import_timm, import_torchvision
+from methods.nets import float_net
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -4,13 +4,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from methods.nets import data, float_net, make_step, quantized, run, same_state
 from torch import nn
 
 from bitwright import KD, BitwrightError
 from bitwright.methods.base import Batch
 from bitwright.methods.bwrf import BWRF, branch_weights
 from bitwright.methods.kd import kd_loss
+from methods.nets import data, float_net, make_step, quantized, run, same_state
 
 STAGES = ["layer1", "layer2", "layer3"]
 

@@ -1,12 +1,13 @@
 import copy
+import itertools
 
 import pytest
 import torch
-from methods.nets import float_net, make_step, quantized, run, same_state
 
 from bitwright import BitwrightError, Rule, quantizers
 from bitwright.kernels import reference_only
 from bitwright.methods.pege import PEGECurriculum, curriculum, discretization_error
+from methods.nets import float_net, make_step, quantized, run, same_state
 
 
 def rates(model):
@@ -31,7 +32,7 @@ def test_the_logarithmic_curve_has_its_tabulated_values(base, expected):
 def test_curves_rise_from_the_start_to_exactly_1(curve, start):
     points = [curriculum(curve, i / 100, start) for i in range(100)]
     assert points[0] == pytest.approx(start, abs=1e-12)
-    assert all(a < b < 1 for a, b in zip(points, points[1:], strict=False))
+    assert all(a < b < 1 for a, b in itertools.pairwise(points))
     assert curriculum(curve, 1.0, start) == 1.0 == curriculum(curve, 1.4, start)
 
 

@@ -52,7 +52,8 @@ class AdaQAT(Method):
         floor: fewest bits, 2 to 7. freeze_after: upward moves to one number of bits that are let pass; the next one
             freezes it there (default 10, follow-up code).
         warmup_steps: steps before the first update. None: 10 % of training.
-        freeze_at: fraction of training at which what still moves is frozen (and a budget met). Default 0.7.
+        freeze_at: fraction of training at which what still moves is frozen (and a budget met). Default 0.7. With a
+            budget nothing freezes before, because its lambda still moves.
         fixed: patterns (as in rules) of layers whose bits are left alone. Default first and last.
         rule: how a budget drives lambda, "pid" (default) or "dual" (`bitwright.constraints`). The target is
             approached along a path, log-linear over the first 60 % of the exploration, lest the controller winds up.
@@ -261,10 +262,8 @@ class AdaQAT(Method):
 
     def _move(self, width: Width, real: float) -> None:
         before = width.bits
-        width.move(real, self.floor, self.freeze_after)
-        # Reaching the lower bound is convergence, unless a budget's lambda may still fall.
-        if not self.budget and width.real <= self.floor - 0.5:
-            width.freeze(self.floor)
+        # Under a budget nothing freezes early: while lambda moves, neither an oscillation nor the floor is final.
+        width.move(real, self.floor, None if self.budget else self.freeze_after)
         if width.bits != before:
             width.apply()
             self.path.append((self.steps, width.name, width.role, width.bits))

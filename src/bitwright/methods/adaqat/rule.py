@@ -73,17 +73,22 @@ class Width:
         """Stop at `bits`; N becomes that integer."""
         self.real, self.frozen = float(bits), True
 
-    def move(self, real: float, floor: int, freeze_after: int) -> None:
-        """Take a new N, clamped to [floor - 0.5, 8], and freeze at the upper integer once it oscillates.
+    def move(self, real: float, floor: int, freeze_after: int | None) -> None:
+        """Take a new N, clamped to [floor - 0.5, 8], and freeze where it has converged.
 
-        The `freeze_after + 1`-th upward move to the same number of bits freezes there.
+        The `freeze_after + 1`-th upward move to the same number of bits freezes there, at that integer; so does
+        reaching floor - 0.5, at the floor. None: neither does.
         """
         before = self.bits
         self.real = min(max(real, floor - 0.5), float(MAX_BITS))
+        if freeze_after is None:
+            return
         if self.bits > before:
             self.arrivals[self.bits] = self.arrivals.get(self.bits, 0) + 1
             if self.arrivals[self.bits] > freeze_after:
                 self.freeze(self.bits)
+        if self.real <= floor - 0.5:
+            self.freeze(floor)
 
     def observe(self, loss: float, probe: float, forget: float = 0.9) -> None:
         """Take in what one bit less costs now; older observations fade by `forget`."""

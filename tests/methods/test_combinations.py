@@ -1,0 +1,81 @@
+"""BWRF, PEGE, AdaQAT and distillation together: compiled, in bfloat16, resumed."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from bitwright import KD, quantizers
+from bitwright.kernels import reference_only
+from bitwright.methods.adaqat import AdaQAT
+from bitwright.methods.bwrf import BWRF
+from bitwright.methods.pege import PEGECurriculum
+from methods.nets import data, float_net, make_step, quantized, run, same_state
+
+NAMES = ("bwrf", "pege", "adaqat", "kd")
+SUBSETS = [c for n in (1, 2, 4) for c in itertools.combinations(NAMES, n)]
+
+
+def build(names, compiled=None, double=False, **options):
+    partner = float_net()
+    model = quantized(partner, bits=3, estimator="pege" if "pege" in names else "clipped_ste")
+    if double:
+        model, partner = model.double(), partner.double()
+    makers = {
+        "bwrf": lambda: BWRF(model, partner, sample="adaqat" in names, backbone_kd="kd" not in names),
+        "pege": lambda: PEGECurriculum(model, total_steps=10),
+        "adaqat": lambda: AdaQAT(model, 10, every=1, warmup_steps=1, eta=1.0, lam=0.3, granularity="layer"),
+        "kd": lambda: KD(partner),
+    }
+    return model, make_step(model, [makers[n]() for n in names], compiled=compiled, **options)
+
+
+@pytest.mark.parametrize("names", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_resumed_run_ends_bit_identical(names, amp):
+    whole, step = build(names, amp_dtype=amp)
+    run(step, 0, 9)
+    assert torch.isfinite(step.result.loss)
+    half, step = build(names, amp_dtype=amp)
+    run(step, 0, 4)
+    saved = copy.deepcopy((half.state_dict(), step.optimizer.state_dict(), step.state_dict()))
+    rest, step = build(names, amp_dtype=amp)
+    rest.load_state_dict(saved[0])
+    step.optimizer.load_state_dict(saved[1])
+    step.load_state_dict(saved[2])
+    run(step, 4, 9)
+    assert same_state(whole, rest)
+    if "adaqat" in names:
+        assert {int(q.bits) for q in quantizers(whole).values()} != {8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("bwrf",), ("pege",), ("adaqat",), NAMES], ids="+".join)
+def test_a_compiled_model_trains_as_the_eager_one(names):
+    def double(seed):
+        x, y = data(seed)
+        return x.double(), y
+
+    states = []
+    for compiled in (None, "aot_eager"):
+        torch._dynamo.reset()
+        model, step = build(names, compiled, double=True)
+        with reference_only():
+            for i in range(5):
+                torch.manual_seed(100 + i)
+                step(*double(i))
+        states.append(model.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler on import
+def test_everything_together_trains_under_the_real_compiler():
+    torch._dynamo.reset()
+    model, step = build(NAMES, "inductor", amp_dtype=torch.bfloat16)
+    run(step, 0, 9)
+    assert torch.isfinite(step.result.loss)
+    assert {"task", "kd", "bwrf_branches"} == step.result.losses.keys()
+    model.eval()(data()[0])
