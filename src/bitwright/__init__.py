@@ -1,23 +1,32 @@
 """bitwright: train neural networks at 1 to 8 bits, and ship exactly what was trained."""
 
+from typing import TYPE_CHECKING, Any
+
 from bitwright.calibrate import calibrate
 from bitwright.coverage import Coverage, coverage
 from bitwright.errors import BitwrightError
-from bitwright.methods import KD, Batch, Method
+from bitwright.methods import BWRF, KD, AdaQAT, Batch, EWGSDelta, Method, PEGECurriculum
 from bitwright.prepare import describe, prepare, quant_layers, quantizers, split_parameters
 from bitwright.quantizer import Quantizer
 from bitwright.rules import Rule, rules
 from bitwright.spec import QuantizerSpec
 from bitwright.step import Step, StepResult
 
+if TYPE_CHECKING:
+    from bitwright.deploy import export, freeze, snap_biases, verify
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "BWRF",
     "KD",
+    "AdaQAT",
     "Batch",
     "BitwrightError",
     "Coverage",
+    "EWGSDelta",
     "Method",
+    "PEGECurriculum",
     "Quantizer",
     "QuantizerSpec",
     "Rule",
@@ -26,9 +35,24 @@ __all__ = [
     "calibrate",
     "coverage",
     "describe",
+    "export",
+    "freeze",
     "prepare",
     "quant_layers",
     "quantizers",
     "rules",
+    "snap_biases",
     "split_parameters",
+    "verify",
 ]
+
+_DEPLOY = ("export", "freeze", "snap_biases", "verify")
+
+
+def __getattr__(name: str) -> Any:
+    """Deployment on first use: it brings ONNX and its runtime, which training does not need."""
+    if name in _DEPLOY:
+        from bitwright import deploy
+
+        return getattr(deploy, name)
+    raise AttributeError(f"module 'bitwright' has no attribute {name!r}")
