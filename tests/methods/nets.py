@@ -44,8 +44,8 @@ def quantized(
     return model.train()
 
 
-def make_step(model: nn.Module, methods=(), lr: float = 0.05, compiled: str | None = None, **options) -> Step:
-    """A `Step` with momentum SGD over `model`, compiled with a backend if asked."""
+def make_step(model: nn.Module, methods=(), lr: float = 0.05, compiled=None, **options) -> Step:
+    """A `Step` with momentum SGD over `model`, compiled with the backend `compiled` if given."""
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     run = torch.compile(model, backend=compiled) if compiled else model
     return Step(run, F.cross_entropy, optimizer, methods, **options)

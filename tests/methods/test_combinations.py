@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from bitwright import KD, quantizers
 from bitwright.kernels import reference_only
@@ -58,7 +59,8 @@ def test_a_compiled_model_trains_as_the_eager_one(names):
         return x.double(), y
 
     states = []
-    for compiled in (None, "aot_eager"):
+    counter = CompileCounterWithBackend("aot_eager")
+    for compiled in (None, counter):
         torch._dynamo.reset()
         model, step = build(names, compiled, double=True)
         with reference_only():
@@ -66,16 +68,17 @@ def test_a_compiled_model_trains_as_the_eager_one(names):
                 torch.manual_seed(100 + i)
                 step(*double(i))
         states.append(model.state_dict())
+    # Bits, rates and strengths are buffers: one graph to train, one more for probes without gradient.
+    assert counter.frame_count == (2 if "adaqat" in names else 1)
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-6, atol=1e-8, msg=name)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own compiler on import
-def test_everything_together_trains_under_the_real_compiler():
+def test_branches_and_partial_replacement_train_under_the_real_compiler():
     torch._dynamo.reset()
-    model, step = build(NAMES, "inductor", amp_dtype=torch.bfloat16)
-    run(step, 0, 9)
+    _, step = build(("bwrf", "pege", "kd"), "inductor", amp_dtype=torch.bfloat16)
+    run(step, 0, 6)
     assert torch.isfinite(step.result.loss)
     assert {"task", "kd", "bwrf_branches"} == step.result.losses.keys()
-    model.eval()(data()[0])
