@@ -1,7 +1,8 @@
-"""The command line: `bitwright train eval export verify cost`. Thin: every command is a few calls of the library."""
+"""The command line. Thin: every command is a few calls of the library."""
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -99,7 +100,7 @@ def _ship_quickstart(out: Path, cache: Path | None) -> None:
     lines = [[r.name, f"{r.accuracy:.2%}", r.bits, f"{r.bitops / 1e6:,.1f}", f"{r.size_kb:,.1f}"] for r in rows]
     _print_table(["", "accuracy", "bits W/A", "M BitOPs", "size KB"], lines)
     _export(run, run.folder.model, "onnx")
-    _verify(run, run.folder.model, images=run.dataset.train_size + run.dataset.test_size, as_json=False)
+    _verify(run, run.folder.model, images=run.dataset.train_size + run.dataset.test_size, layers=False)
 
 
 @app.command("eval")
@@ -189,6 +190,24 @@ def cost(
         print(table)
 
 
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: runs/NAME.")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs side by side; default: the file's.")] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Many runs from one file; what is finished is kept, what was stopped goes on. Writes DIR/results.csv."""
+    from bitwright.training.sweep import run_sweep
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are told to save and stop
+    folder = out or Path("runs") / file.stem
+    failed = run_sweep(file, folder, data_dir=None if data_dir is None else str(data_dir), jobs=jobs)
+    print(folder / "results.csv")
+    if failed:
+        raise typer.Exit(1)
+
+
 def _costs(model: Any, dataset: Any, device: Any) -> Any:
     from bitwright.costs import cost_table
 
@@ -199,17 +218,38 @@ def _export(run: Any, file: Path, target: str) -> None:
     from bitwright.deploy import export
 
     example = next(iter(run.dataset.test_batches(batch_size=2, device=run.device)))[0]
-    export(run.model, file, example, target=target)
-    print(f"{file}  {file.stat().st_size / 1000:,.1f} KB")
+    report = export(run.model, file, example, target=target)
+    print(f"{file}: {report.size_bytes / 1000:,.1f} KB, of them {report.packed_bytes / 1000:,.1f} KB packed weights")
 
 
-def _verify(run: Any, file: Path, *, images: int, as_json: bool) -> None:
+def _verify(run: Any, file: Path, *, images: int, as_json: bool = False, layers: bool = True) -> None:
     from bitwright.deploy import verify
     from bitwright.training.evaluate import some_images
 
     result = verify(run.model, file, some_images(run.dataset, images, device=run.device))
-    print(json.dumps(result.as_dict()) if as_json else result)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+    elif layers:
+        header = ["layer", "what", "bits", "values", "different", "ok"]
+        lines = [
+            [
+                r["name"],
+                r["what"],
+                str(r["bits"]),
+                f"{r['values']:,}",
+                f"{r['different_file']:,}",
+                "yes" if r["ok"] else "NO",
+            ]
+            for r in result.rows()
+        ]
+        _print_table(header, lines)
+    if not as_json and result.ok:
+        print(
+            f"verified: {result.path} on {result.images:,} images, {result.different_file} predictions differ, "
+            f"largest logit difference {result.logit_difference:.2g}"
+        )
     if not result.ok:
+        print(f"NOT the network that was trained: {result.first_difference}", file=sys.stderr)
         raise typer.Exit(1)
 
 

@@ -105,7 +105,8 @@ class Trainer:
             self.reporter.training(epochs * self.steps_per_epoch, done),
         ):
             while self.epoch < epochs:
-                events.add(self._end_epoch(speed=self._train_epoch()))
+                speed = self._train_epoch()
+                self._end_epoch(speed, events)
         summary = summarize(
             self.recipe,
             self.evaluated,
@@ -240,8 +241,8 @@ class Trainer:
     def _test_batches(self):
         return self.dataset.test_batches(batch_size=self.batch_size, device=self.device)
 
-    def _end_epoch(self, speed: float) -> dict[str, Any]:
-        """Evaluate, run the methods' hooks, save; returns the epoch's row of metrics. speed: images per second."""
+    def _end_epoch(self, speed: float, events: EventLog) -> None:
+        """Evaluate, run the methods' hooks, record and save. speed: of training, images per second."""
         last = self.epoch + 1 == self.recipe.schedule.epochs
         evaluated = self.evaluated
         if self.ema is not None:
@@ -278,12 +279,12 @@ class Trainer:
         self.rows.append(row)
         self.epoch, self.position = self.epoch + 1, 0
         self.meter.reset()
+        events.add(row)  # before the checkpoint: after a kill between the two, the resumed run replaces it
         self._save()
         self._write_metrics()
         self.reporter.epoch(row, self.recipe.schedule.epochs)
         if not last:
             self.stop.check()
-        return row
 
     def _write_metrics(self) -> None:
         """metrics.jsonl holds what the checkpoint knows, no more and no less."""

@@ -13,7 +13,7 @@ from bitwright.training.setup import float_model
 from bitwright.training.start import resume
 
 NOTICE = (
-    "Quick start: a small ResNet on 1,797 handwritten digits (inside scikit-learn, no download), float, W4A4 and W2A2.\n"
+    "Quick start: a small ResNet on 1,797 handwritten digits (part of scikit-learn, no download): float, W4A4, W2A2.\n"
     "About one minute on 2 cores. Folder: {out}"
 )
 

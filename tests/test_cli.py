@@ -1,0 +1,221 @@
+import json
+import re
+import subprocess
+import sys
+
+import onnx
+import pytest
+import torch
+import yaml
+
+from bitwright import cli
+from bitwright.training.recipe_file import load_recipe
+
+RECIPE = """
+data: {name: digits, options: {subset: 300}}
+model: {name: resnet8, options: {width: 4}}
+bits: w4a4
+optimizer: {lr: 0.05}
+schedule: {epochs: 1, batch_size: 50}
+threads: 1
+device: cpu
+"""
+
+
+@pytest.fixture
+def bitwright(monkeypatch, capsys, tmp_path):
+    """Runs the command line in this process: `(exit code, stdout, stderr)`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bitwright", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capsys.readouterr()
+        return left.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run made by a real process, with a float partner."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    partner = "partner={schedule: {epochs: 1, batch_size: 50}}"
+    line = [sys.executable, "-m", "bitwright", "train", "tiny.yaml", partner, "seed=3", "--out", "run"]
+    done = subprocess.run([*line, "--cache", "cache"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("run/summary.json")
+    return folder / "run"
+
+
+def refused(result, code=2):
+    found, _, err = result
+    assert found == code, err
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    return err
+
+
+def test_train_writes_the_files_of_the_contract(trained):
+    assert {p.name for p in trained.iterdir()} >= {"recipe.yaml", "metrics.jsonl", "checkpoint.pt", "summary.json"}
+    assert list((trained / "tensorboard").glob("events*"))
+    assert load_recipe(trained / "recipe.yaml").seed == 3
+    assert yaml.safe_load((trained / "recipe.yaml").read_text())["schedule"]["warmup_epochs"] == 0.0  # resolved
+    assert len((trained / "metrics.jsonl").read_text().splitlines()) == 1
+    summary = json.loads((trained / "summary.json").read_text())
+    expected = {"accuracy", "accuracy_best", "float_accuracy", "weight_bits", "input_bits", "bitops", "size_bytes"}
+    assert expected | {"epochs", "train_seconds", "seed", "versions"} <= summary.keys()
+    assert 0 <= summary["accuracy"] <= summary["accuracy_best"] <= 1
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_eval_agrees_with_the_summary(bitwright, trained):
+    code, out, _ = bitwright("eval", trained, "--json")
+    summary = json.loads((trained / "summary.json").read_text())
+    found = json.loads(out)
+    assert code == 0
+    assert {k: found[k] for k in ("accuracy", "bitops", "size_bytes")} == {
+        k: summary[k] for k in ("accuracy", "bitops", "size_bytes")
+    }
+    assert found["coverage"] == {"ran": 16, "missed": [], "float": []}
+    _, text, _ = bitwright("eval", trained)
+    assert f"accuracy {summary['accuracy']:.2%} on 500 images" in text
+    assert "all 16 quantizers ran" in text
+
+
+def test_cost_of_a_run_and_of_its_recipe_agree(bitwright, trained):
+    _, of_run, _ = bitwright("cost", trained, "--json")
+    _, of_recipe, _ = bitwright("cost", trained / "recipe.yaml", "--json")
+    found = json.loads(of_run)
+    assert found["bitops"] == json.loads(of_recipe)["bitops"]
+    assert found["bitops"] == sum(row["bitops"] for row in found["rows"])
+    _, other, _ = bitwright("cost", trained / "recipe.yaml", "bits=w8a4", "--json")
+    first, last = found["rows"][0], found["rows"][-1]
+    ends = first["bitops"] + last["bitops"]
+    assert json.loads(other)["bitops"] - ends == 2 * (found["bitops"] - ends)
+    _, text, _ = bitwright("cost", "digits-w4a4")
+    assert re.search(r"layer1\.0\.conv1 .* 4 +4 ", text)
+    assert "a run has its recipe already" in refused(bitwright("cost", trained, "bits=w2a2"))
+
+
+def test_export_then_verify_then_a_changed_file(bitwright, trained, tmp_path):
+    file = tmp_path / "net.onnx"
+    code, out, _ = bitwright("export", trained, "--to", "onnx", "-o", file)
+    assert code == 0
+    assert out.startswith(f"{file}: ")
+    code, out, _ = bitwright("verify", trained, file, "--images", 1000, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["ok"] is True
+    assert report["images"] == 800  # 500 test images and the recipe's 300 training images: all there are
+    assert report["different_file"] == 0
+    code, out, _ = bitwright("verify", trained, file, "--images", 100)
+    assert "verified: " in out
+    assert "on 100 images, 0 predictions differ" in out
+
+    content = bytearray(file.read_bytes())
+    model = onnx.load(file)
+    weight = next(t for t in model.graph.initializer if t.name == "layer2.0.conv1.weight_int4")
+    place = content.index(weight.raw_data)
+    content[place + 10] ^= 1
+    file.write_bytes(content)
+    code, out, err = bitwright("verify", trained, file, "--images", 100)
+    assert code == 1
+    assert "verified" not in out
+    assert err.startswith("NOT the network that was trained: layer2.0.conv1")
+    assert json.loads(bitwright("verify", trained, file, "--images", 50, "--json")[1])["ok"] is False
+
+
+def test_export_refuses_what_it_does_not_know(bitwright, trained, tmp_path):
+    assert "target 'tflite' is not accepted" in refused(bitwright("export", trained, "--to", "tflite"))
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(bitwright("export", trained, "-o", tmp_path / "file" / "net.onnx"))
+
+
+def test_files_that_are_missing_or_damaged_are_one_line(bitwright, trained, tmp_path):
+    assert "not a run" in refused(bitwright("eval", tmp_path))
+    assert "not a run" in refused(bitwright("train", "--resume", tmp_path / "nowhere"))
+    assert "nowhere.onnx" in refused(bitwright("verify", trained, tmp_path / "nowhere.onnx"))
+    (tmp_path / "bad.onnx").write_bytes(b"\x00\x01\x02nonsense")
+    assert "bad.onnx" in refused(bitwright("verify", trained, tmp_path / "bad.onnx"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text((trained / "recipe.yaml").read_text())
+    assert "no such checkpoint" in refused(bitwright("eval", tmp_path / "run"))
+    (tmp_path / "run" / "checkpoint.pt").write_bytes((trained / "checkpoint.pt").read_bytes()[:-100])
+    assert "damaged" in refused(bitwright("eval", tmp_path / "run"))
+    (tmp_path / "run" / "recipe.yaml").write_text("seed: [")
+    assert "not valid YAML" in refused(bitwright("eval", tmp_path / "run"))
+
+
+def test_bad_recipes_and_places_are_one_line_and_make_nothing(bitwright, trained, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    assert "tiny.yaml" in refused(bitwright("train", "tiny.yaml", "model.name=resnet21", "--out", "new"))
+    assert "seed: 'x' is not accepted" in refused(bitwright("train", "tiny.yaml", "seed=x", "--out", "new"))
+    assert "did you mean digits-w4a4" in refused(bitwright("train", "digits-w4a5", "--out", "new"))
+    assert "no such folder" in refused(bitwright("train", "cifar10-resnet20-w4a4", "--data-dir", "zzz", "--out", "new"))
+    assert not (tmp_path / "new").exists()
+    assert "holds a run already" in refused(bitwright("train", "tiny.yaml", "--out", trained))
+    (tmp_path / "file").write_text("kept")
+    assert "cannot be written" in refused(bitwright("train", "tiny.yaml", "--out", tmp_path / "file" / "run"))
+    assert (tmp_path / "file").read_text() == "kept"
+    assert "--resume RUN goes on" in refused(bitwright("train", "tiny.yaml", "--resume", trained))
+
+
+def test_a_diverged_run_exits_with_1(bitwright, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    code, _, err = bitwright("train", "tiny.yaml", "bits=float", "optimizer.lr=1e30", "--out", "run")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "not finite" in err
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_traceback_only_with_debug(bitwright):
+    _, _, err = bitwright("eval", "nowhere")
+    assert "Traceback" not in err
+    for line in (["--debug", "eval", "nowhere"], ["eval", "nowhere", "--debug"]):
+        code, _, err = bitwright(*line)
+        assert code == 2
+        assert "Traceback" in err
+
+
+def test_wrong_usage_exits_with_2(bitwright):
+    for line in (["nosuch"], ["eval"], ["train", "--nosuch"], ["verify", "x", "--images", "0"]):
+        assert bitwright(*line)[0] == 2
+
+
+def test_help_names_every_command(bitwright):
+    code, out, _ = bitwright("--help")
+    assert code == 0
+    for command in ("train", "eval", "export", "verify", "cost", "sweep"):
+        assert command in out
+
+
+@pytest.mark.slow
+def test_the_quick_start_trains_ships_and_verifies(bitwright, tmp_path):
+    short = ("schedule.epochs=2", "partner.schedule.epochs=4", "threads=1")
+    code, out, err = bitwright("train", "--out", "run", "--cache", "cache", *short)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert "minute" in "".join(lines[:2])  # said beforehand
+    rows = {line.split()[0]: line.split() for line in lines if line.startswith(("float ", "W4A4 ", "W2A2 "))}
+    summaries = {
+        name: json.loads((tmp_path / where / "summary.json").read_text())
+        for name, where in (("W4A4", "run"), ("W2A2", "run/w2a2"))
+    }
+    for name, summary in summaries.items():
+        assert rows[name][1] == f"{summary['accuracy']:.2%}"
+        assert summary["float_accuracy"] == summaries["W4A4"]["float_accuracy"]
+    assert rows["float"][1:3] == [f"{summaries['W4A4']['float_accuracy']:.2%}", "32/32"]
+    sizes = [float(rows[name][-1]) for name in ("float", "W4A4", "W2A2")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert lines[-1].startswith("verified: run/model.onnx on 1,797 images, 0 predictions differ")
+    assert (tmp_path / "run" / "model.onnx").exists()
+    # Resuming a finished quick start ships again and trains nothing.
+    code, out, _ = bitwright("train", "--resume", "run")
+    assert code == 0
+    assert "epoch" not in out
+    assert "verified" in out
+    assert "holds a run already" in refused(bitwright("train", "--out", "run"))
