@@ -39,7 +39,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(kept, copies)  # one launch per type on a GPU, where there are hundreds of them
+            # One launch per type on a GPU, where there are hundreds of tensors.
+            torch._foreach_copy_(kept, copies)  # pyright: ignore[reportPrivateImportUsage]
         for quantizer, zero in zip(found, zeros, strict=True):
             if quantizer.codes.zero != zero:  # the one thing derived from bits that is not a buffer
                 quantizer.refresh()

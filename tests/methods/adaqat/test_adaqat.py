@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bitwright import BitwrightError, QuantizerSpec, Rule, Step, calibrate, prepare, quant_layers, quantizers
+from bitwright import BitwrightError, QuantizerSpec, Rule, Step, calibrate, prepare, quant_layers, quantizers, rules
+from bitwright.costs import cost_table
 from bitwright.methods.adaqat import AdaQAT, LayerCost
 from bitwright.training.models.resnet import CifarResNet
 from methods.nets import data, float_net, make_step, quantized, run, same_state
@@ -288,6 +289,39 @@ def test_real_training_meets_its_budget_and_tells_what_it_did():
     assert summary["budget"] == budget
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.attention, self.fc = (
+            nn.Linear(8, 8),
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            nn.Linear(8, 4),
+        )
+        self.tied = nn.Linear(8, 8)
+        self.tied.weight = self.stem.weight
+
+    def forward(self, x):
+        h = self.tied(self.stem(x))
+        return self.fc(self.attention(h, h, h, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.parametrize("granularity", ["network", "layer"])
+@pytest.mark.parametrize("make", [lambda: CifarResNet(8, 4, width=4), Attending], ids=["resnet", "attention"])
+def test_totals_are_those_of_the_cost_table_at_any_bits(make, granularity):
+    torch.manual_seed(0)
+    example = torch.randn(2, 3, 8, 8) if make is not Attending else torch.randn(2, 5, 8)
+    model = calibrate(prepare(make(), rules("w4a4")), [example])
+    fixed = ("first", "last") if make is not Attending else ("first", "last", "tied")
+    method = AdaQAT(model, 100, cost_table(model, example), granularity=granularity, start=None, fixed=fixed)
+    for bits in (4, 7, 3):
+        for i, width in enumerate(method.widths()):
+            width.real = float(min(bits + i % 3, 8))
+            width.apply()
+        table = cost_table(model, example)
+        assert method.cost("bitops") == table.bitops
+        assert method.cost("size") == pytest.approx(table.size_bytes, rel=1e-12)
+
+
 def test_costs_may_be_plain_triples():
     model, rows = network()
     triples = [tuple(r) for r in rows]
@@ -402,8 +436,10 @@ def test_a_budget_below_the_floor_or_without_a_record_is_refused_at_once():
     model, rows = network()
     with pytest.raises(BitwrightError, match="cannot be met: with all learned layers at 2 bits"):
         AdaQAT(model, 100, rows, {"bitops": 0.9 * uniform(rows, "bitops", 2, 2)})
-    with pytest.raises(BitwrightError, match=r"no record of layer 'layer1.0.conv1'"):
-        AdaQAT(model, 100, [r for r in rows if r.name != "layer1.0.conv1"], {"bitops": 1e9})
+    with pytest.raises(BitwrightError, match=r"no record of 'layer1.0.conv1'"):
+        AdaQAT(model, 100, [r for r in rows if r.name != "layer1.0.conv1"], {"bitops": 1e9}, granularity="layer")
+    with pytest.raises(BitwrightError, match="costs names 'layer7', which the model does not have"):
+        AdaQAT(model, 100, [LayerCost("layer7", 1, 1)])
     mixed = quantized(float_net(), bits=4)
     quantizers(mixed)["layer1.0.conv1.weight_quantizer"].set_bits(3)
     with pytest.raises(BitwrightError, match=r"weight bits are \[3, 4\] by the rules"):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.constraints import Constraint
+from bitwright.costs import CostTable
 from bitwright.errors import BitwrightError
-from bitwright.methods.adaqat.cost import FLOAT_BITS, LayerCost, Row, meet_budget, parse_budget, total
+from bitwright.methods.adaqat.cost import FLOAT_BITS, LayerCost, make_rows, meet_budget, parse_budget, total
 from bitwright.methods.adaqat.rule import Width, relative_update, update
 from bitwright.methods.base import Method
 from bitwright.methods.probe import untouched, unwrap
@@ -34,8 +35,8 @@ class AdaQAT(Method):
     Args:
         model: prepared (and calibrated). Quantizers must follow a change of bits, as all of the library's do.
         total_steps: optimizer steps of the whole training.
-        costs: a record with `name`, `macs`, `weights` per layer (`LayerCost`, a row of `bitwright.costs`, or a plain
-            triple); needed for a budget, otherwise it weighs layers by their MACs.
+        costs: `bitwright.costs.cost_table(model, example)`, or a `LayerCost` (or plain triple) per layer; needed for
+            a budget, whose totals are then the table's; otherwise it weighs layers by their MACs.
         budget: None, or {"bitops": number, "size": bytes}, one or both, over the whole network; numbers or "0.51G",
             "120KB". Met from below, within 1 % where an assignment of whole bits exists (per layer it nearly
             always does). Needs `costs`.
@@ -73,7 +74,7 @@ class AdaQAT(Method):
         self,
         model: nn.Module,
         total_steps: int,
-        costs: Sequence[Any] | None = None,
+        costs: CostTable | Sequence[LayerCost] | None = None,
         budget: dict[str, float | int | str] | None = None,
         lam: float = 0.02,
         eta: float | None = None,
@@ -109,8 +110,8 @@ class AdaQAT(Method):
         layers = self._learned_layers(list(fixed))
         named = [("network", list(layers))] if granularity == "network" else [(n, [n]) for n in layers]
         self.groups = [self._group(name, members, layers, start) for name, members in named]
-        records = [LayerCost(*c) if isinstance(c, tuple | list) else c for c in costs or []]
-        self.rows = self._rows(records, named)
+        index = {member: i for i, (_, members) in enumerate(named) for member in members}
+        self.rows = [] if costs is None else make_rows(costs, self.model, index)
         self.shares = self._shares()
         visits = (self.deadline - warmup) / (every * len(self.groups))
         way = 2.0 * ((start or MAX_BITS) - floor) / max(visits, 1.0)
@@ -167,24 +168,6 @@ class AdaQAT(Method):
             group[role] = Width(name, role, found, float(start if start is not None else bits.pop()))
         return group
 
-    def _rows(self, records: list[Any], named: list[tuple[str, list[str]]]) -> list[Row]:
-        index = {member: i for i, (_, members) in enumerate(named) for member in members}
-        layers = quant_layers(self.model)
-        have = {record.name for record in records}
-        missing = [n for n in index if isinstance(layers[n].weight_quantizer, Quantizer) and n not in have]
-        if self.budget and missing:
-            raise BitwrightError(f"adaqat: costs has no record of layer {missing[0]!r}")
-        rows = []
-        for record in records:
-            layer = layers.get(record.name)
-            quantizers = {} if layer is None else layer.quantizers()
-            own: dict[str, int | None] = dict.fromkeys(ROLES, FLOAT_BITS)
-            for slot, quantizer in quantizers.items():
-                role = "weight" if layer is not None and slot in layer.weight_slots else "input"
-                own[role] = None if record.name in index else int(quantizer.bits.item())
-            rows.append(Row(int(record.macs), int(record.weights), index.get(record.name), own["weight"], own["input"]))
-        return rows
-
     def _shares(self) -> list[float]:
         """Each group's share of the MACs that are learned."""
         macs = [float(sum(r.macs for r in self.rows if r.group == i)) for i in range(len(self.groups))]
@@ -193,6 +176,10 @@ class AdaQAT(Method):
         return [m / sum(macs) for m in macs]
 
     def _check_budget(self) -> None:
+        charged = {row.group for row in self.rows}
+        for i, group in enumerate(self.groups):
+            if self.budget and i not in charged:
+                raise BitwrightError(f"adaqat: costs has no record of {next(iter(group.values())).name!r}")
         least = [self._pair(group, self.floor) for group in self.groups]
         for kind, limit in self.budget.items():
             if (cost := total(self.rows, kind, least)) > limit:

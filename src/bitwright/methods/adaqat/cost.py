@@ -3,14 +3,18 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import nn
 
+from bitwright.costs import CostRow, CostTable, bitops, size_bytes
+from bitwright.costs.bitops import FLOAT_BITS
+from bitwright.costs.table import layer_bits
 from bitwright.errors import BitwrightError
+from bitwright.prepare import quant_layers
 from bitwright.spec import MAX_BITS
 
-FLOAT_BITS = 32
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "kib": 1024.0, "mib": 1024.0**2}
 
 
@@ -24,9 +28,10 @@ class LayerCost(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A layer and where its bits come from: a learned group's, or fixed numbers.
+    """A layer (or a product of an attention layer) and where its bits come from: a learned group, or fixed numbers.
 
-    group: index of its group, or None. weight_bits, input_bits: None: the group's.
+    macs; weights: how many are stored. group: index of its group, or None. weight_bits, input_bits: None: the group's.
+    product: both operands are activations, so the first has the group's input bits too.
     """
 
     macs: int
@@ -34,16 +39,48 @@ class Row:
     group: int | None
     weight_bits: int | None
     input_bits: int | None
+    product: bool = False
 
     def bits(self, assignment: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """(weight bits, input bits) under one (weight, input) pair per group."""
         pair = (0, 0) if self.group is None else assignment[self.group]
-        w = pair[0] if self.weight_bits is None else self.weight_bits
+        w = pair[1 if self.product else 0] if self.weight_bits is None else self.weight_bits
         return w, pair[1] if self.input_bits is None else self.input_bits
 
     def cost(self, kind: str, w: int, a: int) -> float:
-        """BitOPs (macs * w * a) or bytes of the weight (weights * w / 8)."""
-        return self.macs * w * a if kind == "bitops" else self.weights * w / 8
+        """BitOPs or bytes at w and a bits."""
+        return float(bitops(self.macs, w, a) if kind == "bitops" else size_bytes(self.weights, w))
+
+
+def make_rows(costs: Any, model: nn.Module, groups: dict[str, int]) -> list[Row]:
+    """Rows from a `CostTable`, or from records of layers.
+
+    Args:
+        costs: `bitwright.costs.cost_table(model, example)`: then totals are the table's at any bits, with products of
+            attention, biases, norms and scales. Or a sequence of `LayerCost` or of plain (name, macs, weights).
+        groups: {layer: index of the group that learns its bits}.
+
+    Raises:
+        BitwrightError: a `LayerCost` names no module.
+    """
+    layers, modules = quant_layers(model), dict(model.named_modules())
+    rows = []
+    for record in costs.rows if isinstance(costs, CostTable) else [LayerCost(*c) for c in costs]:
+        if isinstance(record, CostRow):
+            given = (record.weight_bits, record.input_bits)
+            stored = round(record.size_bytes * 8 / record.weight_bits)
+        elif record.name in modules:
+            given, stored = layer_bits(modules[record.name]), int(record.weights)
+        else:
+            raise BitwrightError(f"adaqat: costs names {record.name!r}, which the model does not have")
+        product = record.name not in modules
+        owner = record.name.rpartition(".")[0] if product else record.name
+        learned = owner in layers and owner in groups
+        own = [None if learned and b != FLOAT_BITS else b for b in given]
+        rows.append(Row(int(record.macs), stored, groups[owner] if learned else None, own[0], own[1], product))
+    if isinstance(costs, CostTable):
+        rows.append(Row(0, costs.float_parameters + costs.scales, None, FLOAT_BITS, FLOAT_BITS))
+    return rows
 
 
 def total(rows: Sequence[Row], kind: str, assignment: Sequence[tuple[int, int]]) -> float:
