@@ -1,5 +1,6 @@
 """What all tests share: one thread, no network, a maker of calibrated quantizers."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,3 +25,7 @@ def _reproducible() -> None:
 def make() -> Callable[..., Quantizer]:
     """`make_quantizer(grid, bits, data, ...)`."""
     return make_quantizer
+
+
+# Compilers log every node there, and pytest would keep all of it for a failure's report.
+logging.getLogger("torch.__trace").disabled = True
