@@ -39,7 +39,6 @@ VIT = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 3, "hid
 # (image size, maker); deep ones are cut where that leaves every kind of layer in place.
 MODELS = {
     "resnet18": (32, lambda: vision("resnet18")),
-    "vgg11_bn": (32, lambda: vision("vgg11_bn")),
     "mobilenet_v2": (32, lambda: vision("mobilenet_v2", inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]])),
     "mobilenet_v3_small": (32, lambda: vision("mobilenet_v3_small")),
     "densenet": (32, lambda: vision("DenseNet", growth_rate=8, block_config=(2, 2), num_init_features=8)),
@@ -53,6 +52,7 @@ MODELS = {
     "timm resnetv2, standardized weights": (32, lambda: timm("resnetv2_50", layers=(1, 1), channels=(16, 32))),
 }
 DEEP = {
+    "vgg11_bn": (32, lambda: vision("vgg11_bn")),
     "efficientnet_b0": (32, lambda: vision("efficientnet_b0")),
     "regnet_y_400mf": (32, lambda: vision("regnet_y_400mf")),
     "shufflenet_v2_x0_5": (32, lambda: vision("shufflenet_v2_x0_5")),

@@ -1,0 +1,79 @@
+"""`coverage`: says what ran and what stayed float, and why."""
+
+import pytest
+import torch
+from torch import nn
+
+import bitwright as bw
+from bitwright.coverage import require_complete
+from bitwright.rules import Rule
+
+
+class Standardized(nn.Conv2d):
+    """A convolution with a forward of its own."""
+
+    def forward(self, input):
+        return self._conv_forward(input, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+def test_layers_without_a_quantized_form_are_listed_with_the_reason():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        Standardized(4, 4, 1),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)),
+        nn.ConvTranspose2d(4, 4, 1),
+        nn.Conv2d(4, 2, 1),
+    )
+    x = torch.randn(2, 3, 5, 5)
+    bw.calibrate(bw.prepare(model, [*bw.rules("w4a4", ends=None), Rule(match="4", weight=None, input=None)]), [x])
+    found = bw.coverage(model, (x, "target"))
+    assert found.complete
+    assert found.float_layers == ("1", "2", "3", "4")
+    assert found.notes.keys() == {"1", "2", "3"}, "a layer left out by rule needs no excuse"
+    assert found.notes["1"] == "a Standardized: it cannot be quantized: its class is a Conv2d with a forward of its own"
+    assert found.notes["2"].startswith("a ParametrizedConv2d:")
+    assert found.notes["3"] == "a ConvTranspose2d: layers of this class have no quantized form"
+
+
+def test_a_quantizer_that_did_not_run_or_let_everything_pass_is_missed():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.both = nn.Linear(3, 3), nn.Linear(3, 3), True
+
+        def forward(self, x):
+            return self.b(self.a(x)) if self.both else self.a(x)
+
+    x = torch.randn(2, 3)
+    model = bw.calibrate(bw.prepare(Sometimes(), bw.rules("w4a4")), [x])
+    assert bw.coverage(model, x).complete
+    model.both = False
+    model.a.weight_quantizer.bypass = True
+    found = bw.coverage(model, x)
+    assert found.ran == ("a.input_quantizer",)
+    assert found.missed == ("a.weight_quantizer", "b.weight_quantizer", "b.input_quantizer")
+    with pytest.raises(bw.BitwrightError, match="3 of 4 quantizers did not run in evaluation: a.weight_quantizer, b"):
+        require_complete(found)
+
+
+def test_looking_leaves_no_trace():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), torch.randn(2, 3)
+    bw.calibrate(bw.prepare(model, bw.rules("w4a4")), [x])
+    model.train()
+    bw.coverage(model, x)
+    assert model.training
+    assert "forward" not in vars(model[0].weight_quantizer)
+
+
+def test_attention_whose_products_stay_float_is_listed():
+    class WindowAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.qkv(x)
+
+    model, x = nn.Sequential(WindowAttention()), torch.randn(2, 3)
+    bw.calibrate(bw.prepare(model, bw.rules("w4a4")), [x])
+    assert bw.coverage(model, x).notes == {"0": "a WindowAttention: its products have no quantized form"}

@@ -1,0 +1,36 @@
+"""The examples run, and are as short as they say."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_loop_of_ones_own_needs_at_most_five_lines(monkeypatch):
+    text = (EXAMPLES / "own_loop.py").read_text()
+    marked = [line for line in text.splitlines() if line.endswith("# (bitwright)")]
+    calls = [line for line in text.splitlines() if "bw." in line]
+    assert set(calls) <= set(marked)
+    assert len(marked) <= 5
+    module = load("own_loop")
+    seen = {}
+    prepare = module.bw.prepare
+    monkeypatch.setattr(module.bw, "prepare", lambda m, r: seen.setdefault("model", prepare(m, r)))
+    assert math.isfinite(module.main(batches=2, size=32))
+    rows = {r.name: (r.bits, r.calibrated) for r in module.bw.describe(seen["model"])}
+    assert rows["conv1.weight_quantizer"] == rows["fc.input_quantizer"] == (8, True)
+    middle = {bits for name, (bits, _) in rows.items() if not name.startswith(("conv1.", "fc."))}
+    assert middle == {4}
+    with torch.no_grad():
+        codes = seen["model"].layer2[0].conv1.weight_quantizer.integer_codes(seen["model"].layer2[0].conv1.weight)
+    assert codes.unique().numel() <= 16

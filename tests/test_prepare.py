@@ -1,0 +1,106 @@
+"""`prepare`: in place, complete, or not at all; what can be asked of a prepared model."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bitwright as bw
+from bitwright.rules import Rule
+
+SPEC = bw.QuantizerSpec(bits=4)
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 2))
+
+
+def test_a_float_checkpoint_loads_with_only_quantizer_keys_missing():
+    model = net()
+    state = copy.deepcopy(model.state_dict())
+    missing, unexpected = bw.prepare(model, bw.rules("w4a4")).load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert {key.rsplit("_quantizer", 1)[0].rpartition(".")[2] for key in missing} == {"weight", "input"}
+    assert all("_quantizer." in key for key in missing)
+
+
+def test_a_quantized_checkpoint_loads_strictly_and_needs_no_calibration():
+    x = torch.randn(2, 3, 4, 4)
+    model = bw.calibrate(bw.prepare(net(), bw.rules("w3a2")), [x])
+    other = bw.prepare(net(), bw.rules("w8a8"))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
+    assert [r.bits for r in bw.describe(other)] == [r.bits for r in bw.describe(model)]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([*bw.rules("w4a4"), Rule(match="4", weight=bw.QuantizerSpec(bits=4, estimator="x"))], "4: estimator: 'x'"),
+        ([*bw.rules("w4a4"), Rule(match="9", weight=None)], "names no layer"),
+        (
+            [*bw.rules("w4a4"), Rule(match="4", weight=bw.QuantizerSpec(bits=4, grid_options={"y": 1}))],
+            "4: grid_options",
+        ),
+        ([], "nothing to quantize"),
+        ([Rule(match="*", weight=None)], "nothing to quantize"),
+        ("w4a4", r"a list of rules is expected, not 'w4a4'; bitwright.rules\('w4a4'\) makes one"),
+    ],
+)
+def test_a_refusal_leaves_the_model_as_it_was(rules, message):
+    model = net()
+    before = {n: type(m) for n, m in model.named_modules()}
+    keys = list(model.state_dict())
+    with pytest.raises(bw.BitwrightError, match=message) as caught:
+        bw.prepare(model, rules)
+    assert "\n" not in str(caught.value)
+    assert {n: type(m) for n, m in model.named_modules()} == before
+    assert list(model.state_dict()) == keys
+    bw.prepare(model, bw.rules("w4a4"))
+
+
+def test_preparing_twice_is_refused():
+    model = bw.prepare(net(), bw.rules("w4a4"))
+    with pytest.raises(bw.BitwrightError, match="prepared already"):
+        bw.prepare(model, bw.rules("w4a4"))
+
+
+def test_the_image_scale_is_fixed_unless_asked_for():
+    model = bw.prepare(net(), bw.rules("w4a4"))
+    learned = {r.name: r.learned for r in bw.describe(model)}
+    assert not learned["0.input_quantizer"]
+    assert all(v for n, v in learned.items() if n != "0.input_quantizer")
+    asked = [*bw.rules("w4a4"), Rule(match="first", input=bw.QuantizerSpec(bits=8, learn=True))]
+    assert all(r.learned for r in bw.describe(bw.prepare(net(), asked)))
+
+
+def test_a_single_layer_can_be_the_model():
+    layer, x = nn.Linear(4, 2), torch.randn(3, 4)
+    assert bw.calibrate(bw.prepare(layer, [Rule(match="*", weight=SPEC, input=SPEC)]), [x]) is layer
+    assert set(bw.quantizers(layer)) == {"weight_quantizer", "input_quantizer"}
+    assert bw.coverage(layer, x).complete
+
+
+def test_split_parameters_parts_weights_from_grids():
+    model = bw.prepare(net(), bw.rules("w4a4"))
+    weights, grids = bw.split_parameters(model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)] for p in grids} == {
+        f"{n}.grid.scale" for n in bw.quantizers(model) if n != "0.input_quantizer"
+    }
+    assert {names[id(p)] for p in weights} == {f"{i}.{w}" for i in (0, 3, 4) for w in ("weight", "bias")}
+
+
+def test_describe_has_a_row_per_quantizer():
+    model = bw.prepare(net(), bw.rules("w3a4", grid="pact", estimator="ewgs"))
+    row = {r.name: r for r in bw.describe(model)}["3.weight_quantizer"]
+    assert (row.layer, row.grid, row.estimator, row.bits, row.signed, row.scales, row.calibrated) == (
+        "Linear",
+        "pact",
+        "ewgs",
+        3,
+        True,
+        8,
+        False,
+    )

@@ -1,0 +1,173 @@
+"""`Step`: the loop one would write by hand, with the methods' hooks in their places; distillation."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bitwright as bw
+from bitwright.methods.kd import kd_loss
+
+
+def net():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+
+
+def data(n):
+    generator = torch.Generator().manual_seed(2)
+    return [
+        (torch.randn(5, 4, dtype=torch.float64, generator=generator), torch.randint(0, 3, (5,), generator=generator))
+        for _ in range(n)
+    ]
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_it_is_the_loop_by_hand(clip):
+    mine, theirs = net(), net()
+    optimizer = torch.optim.SGD(mine.parameters(), 0.1, momentum=0.9)
+    other = torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9)
+    step = bw.Step(theirs, F.cross_entropy, other, clip_norm=clip)
+    for x, y in data(4):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(mine(x), y)
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(mine.parameters(), clip)
+        optimizer.step()
+        result = step(x, y)
+        assert torch.equal(result.loss, loss.detach())
+        assert result.losses == {"task": loss}
+        assert not result.outputs.requires_grad
+    assert step.steps == 4
+    assert same(mine, theirs)
+
+
+def test_accumulated_batches_are_one_large_batch():
+    whole, parts = net(), net()
+    batches = data(4)
+    step = bw.Step(parts, F.cross_entropy, torch.optim.SGD(parts.parameters(), 0.1), accumulate=4)
+    for x, y in batches:
+        step(x, y)
+    assert step.steps == 1
+    large = bw.Step(whole, F.cross_entropy, torch.optim.SGD(whole.parameters(), 0.1))
+    large(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_batches_left_over_take_their_step_at_the_end_of_the_epoch():
+    model = net()
+    step = bw.Step(model, F.cross_entropy, torch.optim.SGD(model.parameters(), 0.1), accumulate=3)
+    for x, y in data(4):
+        step(x, y)
+    before = copy.deepcopy(model)
+    step.end_epoch({})
+    assert step.steps == 2
+    assert not same(before, model)
+    assert all(p.grad is None for p in model.parameters()), "nothing is pending in a checkpoint"
+    step.end_epoch({})
+    assert step.steps == 2
+
+
+class Recorder(bw.Method):
+    name = "recorder"
+
+    def __init__(self):
+        self.calls = []
+
+    def losses(self, batch, outputs):
+        self.calls.append(("losses", batch.x.shape[0], outputs.requires_grad))
+        return {"extra": outputs.square().mean()}
+
+    def after_step(self, step):
+        self.calls.append(("after_step", step.steps))
+
+    def after_epoch(self, metrics):
+        metrics["seen"] = len(self.calls)
+
+    def state_dict(self):
+        return {"calls": len(self.calls)}
+
+    def load_state_dict(self, state):
+        self.restored = state["calls"]
+
+
+def test_hooks_run_in_their_places():
+    model, method = net(), Recorder()
+    step = bw.Step(model, F.cross_entropy, torch.optim.SGD(model.parameters(), 0.1), [method], accumulate=2)
+    for x, y in data(2):
+        result = step(x, y)
+    assert method.calls == [("losses", 5, True), ("losses", 5, True), ("after_step", 1)]
+    torch.testing.assert_close(result.loss, result.losses["task"] + result.losses["extra"])
+    metrics = {}
+    step.end_epoch(metrics)
+    assert metrics == {"seen": 3}
+    other = Recorder()
+    again = bw.Step(model, F.cross_entropy, step.optimizer, [other], accumulate=2)
+    again.load_state_dict(step.state_dict())
+    assert (again.steps, other.restored) == (1, 3)
+    with pytest.raises(bw.BitwrightError, match="state of 1 methods, the run has 0"):
+        bw.Step(model, F.cross_entropy, step.optimizer).load_state_dict(step.state_dict())
+
+
+def test_one_owner_of_the_backward_pass():
+    class Owner(bw.Method):
+        def backward(self, step):
+            step.forward_loss(step.batch).mul(2).backward()
+
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(bw.BitwrightError, match="Owner and Owner both own the backward pass"):
+        bw.Step(model, F.cross_entropy, optimizer, [Owner(), Owner()])
+    plain = net()
+    ((x, y),) = data(1)
+    bw.Step(model, F.cross_entropy, optimizer, [Owner()])(x, y)
+    bw.Step(plain, F.cross_entropy, torch.optim.SGD(plain.parameters(), 0.2))(x, y)
+    assert same(model, plain)
+
+
+def test_refusals():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(bw.BitwrightError, match="accumulate=0"):
+        bw.Step(model, F.cross_entropy, optimizer, accumulate=0)
+    step = bw.Step(model, F.cross_entropy, optimizer, [Recorder(), Recorder()])
+    with pytest.raises(bw.BitwrightError, match="loss name 'extra' is used twice"):
+        step(*data(1)[0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_distillation_is_the_divergence_of_softened_outputs(temperature):
+    student, teacher = torch.randn(2, 6, 5)
+    student.requires_grad_()
+    p, q = (F.softmax(t / temperature, -1) for t in (teacher, student))
+    expected = temperature**2 * (p * (p.log() - q.log())).sum(-1).mean()
+    got = kd_loss(student, teacher, temperature)
+    torch.testing.assert_close(got, expected)
+    got.backward()
+    torch.testing.assert_close(student.grad, temperature * (q - p).detach() / 6, rtol=1e-4, atol=1e-6)
+    assert kd_loss(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_distillation_in_a_step_leaves_the_teacher_alone():
+    teacher, model = net().train(), net()
+    nn.init.normal_(model[0].weight)
+    before = copy.deepcopy(teacher)
+    step = bw.Step(model, F.cross_entropy, torch.optim.SGD(model.parameters(), 0.1), [bw.KD(teacher, weight=0.5)])
+    ((x, y),) = data(1)
+    task, kd = F.cross_entropy(model(x), y), 0.5 * kd_loss(model(x), teacher(x), 4.0)
+    result = step(x, y)
+    torch.testing.assert_close(result.losses["kd"], kd.detach())
+    torch.testing.assert_close(result.loss.float(), (task + kd).detach().float())
+    assert same(before, teacher)
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    with pytest.raises(bw.BitwrightError, match="temperature=0"):
+        bw.KD(teacher, temperature=0)
