@@ -322,9 +322,11 @@ def test_totals_are_those_of_the_cost_table_at_any_bits(make, granularity):
         assert method.cost("size") == pytest.approx(table.size_bytes, rel=1e-12)
 
 
-def test_costs_may_be_plain_triples():
+def test_costs_may_be_plain_triples_or_rows_of_the_table():
     model, rows = network()
     triples = [tuple(r) for r in rows]
+    table = cost_table(model, data()[0]).rows
+    assert AdaQAT(model, 100, table).cost("bitops") == AdaQAT(model, 100, rows).cost("bitops")
     assert AdaQAT(model, 100, triples).cost("bitops") == AdaQAT(model, 100, rows).cost("bitops")
 
 

@@ -57,7 +57,7 @@ def make_rows(costs: Any, model: nn.Module, groups: dict[str, int]) -> list[Row]
 
     Args:
         costs: `bitwright.costs.cost_table(model, example)`: then totals are the table's at any bits, with products of
-            attention, biases, norms and scales. Or a sequence of `LayerCost` or of plain (name, macs, weights).
+            attention, biases, norms and scales. Or a sequence of its rows, of `LayerCost` or of plain triples.
         groups: {layer: index of the group that learns its bits}.
 
     Raises:
@@ -65,7 +65,8 @@ def make_rows(costs: Any, model: nn.Module, groups: dict[str, int]) -> list[Row]
     """
     layers, modules = quant_layers(model), dict(model.named_modules())
     rows = []
-    for record in costs.rows if isinstance(costs, CostTable) else [LayerCost(*c) for c in costs]:
+    for record in costs.rows if isinstance(costs, CostTable) else costs:
+        record = record if isinstance(record, CostRow) else LayerCost(*record)
         if isinstance(record, CostRow):
             given = (record.weight_bits, record.input_bits)
             stored = round(record.size_bytes * 8 / record.weight_bits)
