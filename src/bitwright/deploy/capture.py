@@ -23,15 +23,11 @@ CONVOLUTIONS: dict[Any, int] = {  # axes of the output
     ATEN.conv1d.padding: 3,
     ATEN.conv2d.padding: 4,
 }
-# Runtimes merge these between a convolution and the quantizer behind it into the integer kernel.
-CLIPS = {
-    ATEN.relu.default,
-    ATEN.relu_.default,
-    ATEN.relu6.default,
-    ATEN.hardtanh.default,
-    ATEN.hardtanh_.default,
-    ATEN.clamp.default,
-    ATEN.clamp_min.default,
+# Runtimes merge these into the convolution before and the quantizer behind, or move the quantizer before them.
+PASSED = {
+    *(ATEN.relu, ATEN.relu_, ATEN.relu6, ATEN.hardtanh, ATEN.hardtanh_, ATEN.clamp, ATEN.clamp_min, ATEN.clamp_max),
+    *(ATEN.view, ATEN.reshape, ATEN.flatten, ATEN.unflatten, ATEN.permute, ATEN.transpose, ATEN.squeeze),
+    *(ATEN.unsqueeze, ATEN.slice, ATEN.max_pool1d, ATEN.max_pool2d, ATEN.dropout, ATEN.contiguous, ATEN.clone),
 }
 
 
@@ -53,7 +49,7 @@ class Surroundings:
     """What follows a convolution or linear layer.
 
     norm: name of the BatchNorm that alone reads its output, or None. readers: names of the input quantizers that
-    read its output as it is, or behind the norm or a ReLU.
+    read its output as it is, or behind the norm and operators that runtimes see through (`PASSED`).
     """
 
     norm: str | None
@@ -154,9 +150,9 @@ def norm_of(node: fx.Node, buffers: Mapping[str, str]) -> str | None:
 
 
 def readers(node: fx.Node, modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Names of the input quantizers that read `node`, also behind ReLUs."""
+    """Names of the input quantizers that read `node`, also behind operators that runtimes see through."""
     for user in node.users:
         if isinstance(modules.get(owner_of(user)), Mark):
             yield owner_of(user)
-        elif user.target in CLIPS:
+        elif getattr(user.target, "overloadpacket", None) in PASSED:
             yield from readers(user, modules)

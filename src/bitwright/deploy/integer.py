@@ -4,6 +4,7 @@ Sums are taken in float64, which holds every integer below 2^53 and so is exact 
 `placeholder` set, a layer computes nothing and leaves one named node in an exported graph, which `lower` replaces.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -18,9 +19,14 @@ from bitwright.layers.conv import same_padding
 DOMAIN = "bitwright"
 
 
+# Numbers placeholders: the exporter merges equal nodes, and then a module's second call would have no codes of its own.
+CALLS = itertools.count()
+
+
 def symbol(kind: str, x: Tensor, shape: Any, dtype: torch.dtype, attributes: dict[str, Any]) -> Tensor:
     """One node of our own domain in the exported graph, standing for a tensor of `shape` and `dtype`."""
-    return torch.onnx.ops.symbolic(f"{DOMAIN}::{kind}", (x,), attributes, dtype=dtype, shape=shape, version=1)
+    numbered = {**attributes, "call": next(CALLS)}
+    return torch.onnx.ops.symbolic(f"{DOMAIN}::{kind}", (x,), numbered, dtype=dtype, shape=shape, version=1)
 
 
 class InputCodes(nn.Module):

@@ -1,7 +1,7 @@
 """From placeholder nodes to standard ONNX: QuantizeLinear, Clip, DequantizeLinear, Conv, MatMul, Gather.
 
-Tensor names carry the names of the training form: `<quantizer>.codes` are a quantizer's codes, `<layer>.weight` the
-dequantized weight, so that `verify` can ask for them by name.
+Names are those of the training form: the node of a layer is called as the layer, `<layer>.codes` and `<layer>.weight`
+are its weight as integers and dequantized, `<layer>.input.codes` its input's codes; `verify` asks for them by name.
 """
 
 from collections import Counter
@@ -18,6 +18,8 @@ from bitwright.deploy.integer import DOMAIN, InputCodes, IntConv, IntEmbedding, 
 from bitwright.deploy.packing import OPSET, field_widths, function_name, pack_fields, pack_int4, unpack_function
 from bitwright.errors import BitwrightError
 
+# `stem.input_quantizer` is `stem.input` in the file.
+QUANTIZER = "_quantizer"
 PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
@@ -53,8 +55,8 @@ class Lowering:
     calls: Counter[str] = field(default_factory=Counter)
 
     def node(self, kind: str, inputs: list[str], output: str, **attributes) -> str:
-        """Append a node named as its output; returns that name."""
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        """Append a node; returns the name of its output. Only what carries a layer's name has a name: they add up."""
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
 
     def constant(self, name: str, values: np.ndarray) -> str:
@@ -80,7 +82,8 @@ class Lowering:
         With `integer` a runtime may compute on the codes; without, or where the zero points are no codes, nothing in
         the graph says that the tensor was quantized (onnxruntime would then quantize a float weight on its own).
         """
-        at = self.call(codes.name)
+        name = codes.name.removesuffix(QUANTIZER)
+        at = self.call(name)
         base = container_zero(codes)
         lo, hi = codes.lo + base, codes.hi + base
         per_axis = {} if codes.per_tensor else {"axis": codes.axis}
@@ -89,7 +92,7 @@ class Lowering:
         scale = zero = ""
         if codes.whole:
             values = codes.scale.numpy()
-            scale = self.constant(f"{codes.name}.scale", values.reshape(()) if codes.per_tensor else values)
+            scale = self.constant(f"{name}.scale", values.reshape(()) if codes.per_tensor else values)
             zero = self.zero_point(codes, base)
             k = self.node("QuantizeLinear", [x, scale, zero], f"{at}.q" if narrow else out, **per_axis)
         else:
@@ -105,10 +108,10 @@ class Lowering:
         if codes.whole and integer:
             if pads is not None:
                 k = self.padded(k, pads, mode, at)
-            return self.node("DequantizeLinear", [k, scale, zero], f"{at}.value", **per_axis)
+            return self.node("DequantizeLinear", [k, scale, zero], f"{at}.x", **per_axis)
         number = self.node("Cast", [k], f"{at}.number", to=TensorProto.FLOAT)
         number = self.node("Sub", [number, self.spread(codes, codes.zero + base, "center")], f"{at}.centered")
-        value = self.node("Mul", [number, self.spread(codes, codes.scale, "scale")], f"{at}.value")
+        value = self.node("Mul", [number, self.spread(codes, codes.scale, "scale")], f"{at}.x")
         return value if pads is None else self.padded(value, pads, mode, at)
 
     def zero_point(self, codes: InputCodes, base: int) -> str:
@@ -117,14 +120,14 @@ class Lowering:
         if codes.per_tensor:
             return self.scalar(int(zero[0]), np.uint8)
         values = np.broadcast_to(zero, codes.scale.shape).astype(np.uint8)
-        return self.constant(f"{codes.name}.zero_point", values)
+        return self.constant(f"{codes.name.removesuffix(QUANTIZER)}.zero_point", values)
 
     def spread(self, codes: InputCodes, t: Tensor, what: str) -> str:
         """Per-channel numbers of a quantizer shaped to broadcast against its tensor."""
         values = t.numpy()
         if values.size > 1:
             values = values.reshape(-1, *[1] * (-codes.axis - 1))
-        return self.constant(f"{codes.name}.{what}_spread", values)
+        return self.constant(f"{codes.name.removesuffix(QUANTIZER)}.{what}_spread", values)
 
     def padded(self, x: str, pads: list[int], mode: str, at: str) -> str:
         """`x` padded at its spatial axes."""
@@ -136,7 +139,7 @@ class Lowering:
         """The integer weight (FLOAT where it does not fit INT8), stored at its own width; made once per layer."""
         weight, name = layer.packed, layer.name
         assert weight is not None
-        out = f"{name}.weight_codes"
+        out = f"{name}.codes"
         if name in self.files:
             return out
         numbers = weight.numbers.numpy()
@@ -213,7 +216,7 @@ class Lowering:
             # Given to Conv, a runtime would round it to a grid too coarse or too fine for it.
             view = layer.bias.numpy().reshape(-1, *[1] * len(layer.kernel_size))  # pyright: ignore
             bias = self.constant(f"{layer.name}.bias", view)
-            self.nodes.append(helper.make_node("Add", [f"{at}.sum", bias], [y], name=f"{at}.add_bias"))
+            self.nodes.append(helper.make_node("Add", [f"{at}.sum", bias], [y]))
 
     def integer_bias(self, layer: IntLayer) -> str:
         """A bias on the grid of the layer's sums, dequantized."""
@@ -237,7 +240,7 @@ class Lowering:
         self.nodes.append(helper.make_node("MatMul", [x, weight], [last], name=at))
         if layer.bias is not None:
             bias = self.constant(f"{layer.name}.negative_bias", -layer.bias.numpy())
-            self.nodes.append(helper.make_node("Sub", [last, bias], [y], name=f"{at}.add_bias"))
+            self.nodes.append(helper.make_node("Sub", [last, bias], [y]))
 
     def embedding(self, layer: IntEmbedding, at: str, x: str, y: str) -> None:
         """Rows of codes are gathered before they are scaled: the table stays packed integers in memory."""
@@ -259,9 +262,8 @@ class Lowering:
         name = attributes["name"].decode()
         x, y = node.input[0], node.output[0]
         if node.op_type == "Quantize":
-            value = self.quantized(self.quantizers[name], x)
+            self.quantized(self.quantizers[name], x)
             self.nodes[-1].output[0] = y
-            assert value in self.nodes[-1].name
             return
         layer = self.layers[name]
         at = self.call(name)
@@ -292,7 +294,7 @@ def lower(model: onnx.ModelProto, frozen: nn.Module) -> tuple[onnx.ModelProto, l
             clean = NodeProto()
             clean.CopyFrom(node)
             del clean.metadata_props[:]
-            clean.doc_string = ""
+            clean.doc_string = clean.name = ""
             work.nodes.append(clean)
     kept = [strip(t) for t in model.graph.initializer]
     graph = helper.make_graph(

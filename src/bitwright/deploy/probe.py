@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.integer import DOMAIN, IntEmbedding, IntLayer
+from bitwright.deploy.lower import QUANTIZER
 from bitwright.errors import BitwrightError
 
 
@@ -50,7 +51,8 @@ def run_session(
 
 def code_tensors(calls: dict[str, int]) -> list[str]:
     """Names of the tensors that hold the codes of quantizers which run `calls` times."""
-    return [f"{name}:{i}.codes" if i else f"{name}.codes" for name, count in calls.items() for i in range(count)]
+    bare = [(name.removesuffix(QUANTIZER), count) for name, count in calls.items()]
+    return [f"{name}:{i}.codes" if i else f"{name}.codes" for name, count in bare for i in range(count)]
 
 
 class Probe:
@@ -82,7 +84,7 @@ class Probe:
         for name, layer in layers.items():
             if isinstance(layer, IntEmbedding) and layer.packed is not None:
                 # The file scales rows after they were gathered; here the whole table is dequantized.
-                cast = helper.make_node("Cast", [f"{name}.weight_codes"], [f"{name}.all"], to=TensorProto.FLOAT)
+                cast = helper.make_node("Cast", [f"{name}.codes"], [f"{name}.all"], to=TensorProto.FLOAT)
                 scale = helper.make_node("Mul", [f"{name}.all", f"{name}.weight_scale"], [f"{name}.weight"])
                 copy.graph.node.extend([cast, scale])
         present = {out for node in copy.graph.node for out in node.output}

@@ -171,13 +171,14 @@ def compare_codes(report: VerifyReport, recorder: Recorder, file: dict[str, Tens
 
 
 def compare_outputs(report: VerifyReport, trained: Tensor, frozen: Tensor, file: Tensor, clean: Tensor) -> None:
-    """Add one batch's outputs, (images, ..., classes), to the report."""
+    """Add one batch's outputs, (images, ..., classes) or (images, classes, rows, columns), to the report."""
     images = trained.shape[0]
-    predictions = trained.argmax(-1).reshape(images, -1)
+    axis = 1 if trained.ndim == 4 else -1  # classes of a map lie along axis 1
+    predictions = trained.argmax(axis).reshape(images, -1)
     report.images += images
     report.clean_images += int(clean.sum())
-    report.different_frozen += int((predictions != frozen.argmax(-1).reshape(images, -1)).any(1).sum())
-    report.different_file += int((predictions != file.argmax(-1).reshape(images, -1)).any(1).sum())
+    report.different_frozen += int((predictions != frozen.argmax(axis).reshape(images, -1)).any(1).sum())
+    report.different_file += int((predictions != file.argmax(axis).reshape(images, -1)).any(1).sum())
     distance = (trained - file).abs().reshape(images, -1).amax(1)
     report.logit_difference = max(report.logit_difference, float(distance.max()))
     report.largest_logit = max(report.largest_logit, float(trained.abs().max()))

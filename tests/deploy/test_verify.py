@@ -1,0 +1,212 @@
+"""`verify` says yes to the network that was trained, and no, naming the layer, to any other."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from deploy_nets import mixed_net, quantized, shipped, trained_resnet
+from onnx import numpy_helper
+from test_freeze import Attending
+from torch import nn
+
+import bitwright as bw
+from bitwright.deploy import export, snap_biases, verify
+from bitwright.errors import BitwrightError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("grid", ["lsq", "lsq+", "pact", "dorefa", "sat", "minmax"])
+def test_every_grid_at_every_width_in_the_runtime(grid, bits, tmp_path):
+    model = mixed_net(grid, bits)
+    snap_biases(model, torch.randn(2, 3, 8, 8))
+    report = shipped(model, tmp_path / "net.onnx", torch.randn(256, 3, 8, 8))
+    assert report.ok, report.first_difference
+    assert report.clean_logit_difference <= 2e-6 * max(1.0, report.largest_logit)
+
+
+@pytest.mark.parametrize("bits", ["w2a2", "w4a4"])
+def test_a_trained_network_is_shipped_exactly(bits, tmp_path):
+    model, x = trained_resnet(bits)
+    snap_biases(model, x[:2])
+    report = shipped(model, tmp_path / "net.onnx", x)
+    assert report.ok, report.first_difference
+    assert report.images == len(x)
+    assert report.different_file == report.different_frozen == 0
+    inputs = [r for r in report.rows() if r["what"] == "input"]
+    total = sum(r["values"] for r in inputs)
+    assert sum(r["different_file"] for r in inputs) <= 100e-6 * total
+    assert sum(r["different_frozen"] for r in inputs) <= 100e-6 * total
+    assert max(r["largest_steps"] for r in inputs) <= 1
+    assert report.clean_logit_difference <= 1e-5 * report.largest_logit
+
+
+def test_biases_that_were_not_snapped_are_found(tmp_path):
+    model, x = trained_resnet("w2a2", steps=30)
+    report = shipped(model, tmp_path / "net.onnx", x)
+    assert not report.ok
+    assert "codes differ between the training form and the frozen form" in report.first_difference
+
+
+def edit(path, name: str, change) -> None:
+    """Apply `change` to the bytes of one initializer."""
+    proto = onnx.load(str(path))
+    tensor = next(t for t in proto.graph.initializer if t.name == name)
+    raw = bytearray(tensor.raw_data)
+    change(raw)
+    tensor.raw_data = bytes(raw)
+    onnx.save(proto, str(path))
+
+
+def flip_lowest(raw: bytearray) -> None:
+    raw[len(raw) // 2] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("bits", "tensor", "layer"),
+    [
+        (4, "depthwise.weight_int4", "depthwise"),
+        (8, "point.codes", "point"),
+        (1, "stem.weight_u1", "stem"),
+        (2, "fc.weight_u2", "fc"),
+        (3, "head.weight_u1", "head"),
+        (3, "last.weight_u2", "last"),
+        (4, "stem.weight_scale", "stem"),
+        (4, "point.bias_codes", "point"),
+        (4, "head.negative_bias", "head"),
+    ],
+)
+def test_one_changed_weight_is_found(bits, tensor, layer, tmp_path):
+    model = mixed_net("lsq", bits)
+    x = torch.randn(32, 3, 8, 8)
+    snap_biases(model, x[:2])
+    path = tmp_path / "net.onnx"
+    export(model, path, x[:2])
+    assert verify(model, path, [x]).ok
+    edit(path, tensor, flip_lowest)
+    report = verify(model, path, [x])
+    assert not report.ok
+    assert report.first_difference.startswith(f"{layer}: ")
+    if "scale" not in tensor and "bias" not in tensor:
+        assert f"{layer}: 1 of " in report.first_difference
+
+
+def test_a_changed_input_scale_is_found_at_its_quantizer(tmp_path):
+    model = mixed_net("lsq", 4)
+    x = torch.randn(32, 3, 8, 8)
+    snap_biases(model, x[:2])
+    path = tmp_path / "net.onnx"
+    export(model, path, x[:2])
+
+    def larger(raw: bytearray) -> None:
+        raw[:] = (np.frombuffer(raw, np.float32) * np.float32(1.05)).tobytes()
+
+    edit(path, "last.input.scale", larger)
+    assert verify(model, path, [x]).first_difference.startswith("last.input_quantizer: ")
+
+
+def test_a_changed_float_parameter_is_found_at_the_output(tmp_path):
+    """Nothing quantized differs: the logits tell."""
+    model = quantized(nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)), "w4a4", torch.randn(64, 6))
+    with torch.no_grad():
+        model[1].weight.uniform_(0.5, 2.0)
+    path = tmp_path / "net.onnx"
+    export(model, path, torch.randn(2, 6))
+    proto = onnx.load(str(path))
+    name = next(t.name for t in proto.graph.initializer if t.dims == [8] and "1" in t.name and "weight" in t.name)
+    edit(path, name, lambda raw: raw.__setitem__(2, raw[2] ^ 0x10))
+    report = verify(model, path, [torch.randn(64, 6)])
+    assert not report.ok
+    assert report.first_difference.startswith("output: ")
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+def test_attention_in_the_runtime(bits, tmp_path):
+    index = torch.randint(0, 11, (128, 7))
+    model = quantized(Attending(), bits, index)
+    report = shipped(model, tmp_path / "net.onnx", index)
+    assert report.ok, report.first_difference
+    assert {r["name"] for r in report.rows()} >= {"table", "cross", "cross.attention_quantizer", "block.linear1"}
+    proto = onnx.load(str(tmp_path / "net.onnx"))
+    edit(tmp_path / "net.onnx", next(t.name for t in proto.graph.initializer if t.name.startswith("table.")
+                                     and "scale" not in t.name), flip_lowest)  # fmt: skip
+    assert verify(model, tmp_path / "net.onnx", [index]).first_difference.startswith("table: 1 of ")
+
+
+def test_the_report_is_json(tmp_path):
+    model = mixed_net("lsq", 4)
+    snap_biases(model, torch.randn(2, 3, 8, 8))
+    report = shipped(model, tmp_path / "net.onnx", torch.randn(8, 3, 8, 8))
+    back = json.loads(json.dumps(report.as_dict()))
+    assert back["ok"] is True
+    assert back["images"] == 8
+    assert {r["what"] for r in back["layers"]} == {"weight", "input"}
+
+
+def test_the_models_mode_and_weights_are_kept(tmp_path):
+    model = mixed_net("minmax", 4)
+    path = tmp_path / "net.onnx"
+    export(model, path, torch.randn(2, 3, 8, 8))
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    verify(model, path, [(torch.randn(4, 3, 8, 8), torch.zeros(4))])
+    assert all(m.training for m in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(q._forward_hooks for q in bw.quantizers(model).values())
+
+
+def test_files_that_are_no_export_of_this_network(tmp_path):
+    model = mixed_net("lsq", 4)
+    x = torch.randn(4, 3, 8, 8)
+    path = tmp_path / "net.onnx"
+    export(model, path, x)
+    whole = path.read_bytes()
+
+    def refused(data: bytes, message: str) -> None:
+        path.write_bytes(data)
+        with pytest.raises(BitwrightError, match=message) as caught:
+            verify(model, path, [x])
+        assert "\n" not in str(caught.value)
+        assert "net.onnx" in str(caught.value)
+
+    refused(whole[: len(whole) // 2], "is damaged or no ONNX file")
+    refused(b"not a network at all", "is damaged or no ONNX file")
+    refused(b"", "was not written by bitwright")
+    other = onnx.load_from_string(whole)
+    other.producer_name = "someone"
+    refused(other.SerializeToString(), "was not written by bitwright export")
+    broken = onnx.load_from_string(whole)
+    next(n for n in broken.graph.node if n.op_type == "Conv").op_type = "NoSuchOperator"
+    refused(broken.SerializeToString(), "onnxruntime cannot open it")
+    smaller = quantized(nn.Sequential(nn.Conv2d(3, 4, 3)), "w4a4", x)
+    export(smaller, tmp_path / "other.onnx", x)
+    refused((tmp_path / "other.onnx").read_bytes(), "is of another network")
+    path.unlink()
+    with pytest.raises(BitwrightError, match=r"net\.onnx: cannot be read: No such file"):
+        verify(model, path, [x])
+
+
+def test_the_same_layers_with_other_weights_are_named(tmp_path):
+    first, second = mixed_net("lsq", 4), mixed_net("lsq", 4)
+    path = tmp_path / "net.onnx"
+    export(first, path, torch.randn(2, 3, 8, 8))
+    report = verify(second, path, [torch.randn(4, 3, 8, 8)])
+    assert not report.ok
+    assert report.first_difference.startswith("stem: ")
+
+
+def test_no_batch_is_refused(tmp_path):
+    with pytest.raises(BitwrightError, match="verify: no batch was given"):
+        verify(mixed_net("lsq", 4), tmp_path / "net.onnx", [])
+
+
+def test_numbers_survive(tmp_path):
+    """The file's integers are the frozen form's, read without the runtime."""
+    model = mixed_net("lsq", 8)
+    path = tmp_path / "net.onnx"
+    export(model, path, torch.randn(2, 3, 8, 8))
+    tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer}
+    codes = model.last.weight_quantizer.integer_codes(model.last.weight)
+    assert np.array_equal(tensors["last.codes"], codes.numpy())
