@@ -53,9 +53,9 @@ MODELS = {
 }
 DEEP = {
     "vgg11_bn": (32, lambda: vision("vgg11_bn")),
-    "efficientnet_b0": (32, lambda: vision("efficientnet_b0")),
-    "regnet_y_400mf": (32, lambda: vision("regnet_y_400mf")),
-    "shufflenet_v2_x0_5": (32, lambda: vision("shufflenet_v2_x0_5")),
+    "efficientnet_b0": (64, lambda: vision("efficientnet_b0")),
+    "regnet_y_400mf": (64, lambda: vision("regnet_y_400mf")),
+    "shufflenet_v2_x0_5": (64, lambda: vision("shufflenet_v2_x0_5")),
     "timm tf_efficientnet_lite0": (32, lambda: timm("tf_efficientnet_lite0")),
 }
 # Layers that compute without a quantized form, and are said to: class by model.
@@ -93,7 +93,7 @@ def test_trains_and_ships_without_rewriting(name, tmp_path):
     assert set(found.notes) == set(found.float_layers)
 
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    step = bw.Step(model.train(), F.cross_entropy, Keep(model.parameters(), lr=0.01))
+    step = bw.Step(model.train(), F.cross_entropy, Keep(model.parameters(), lr=1e-5))
     result = step(x, torch.tensor([0, 1, 2, 3]))
     assert torch.isfinite(result.loss)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}

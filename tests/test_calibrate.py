@@ -75,7 +75,7 @@ def test_statistics_over_batches():
 
 def test_refusals_name_the_cause():
     x = torch.randn(1, 3, 6, 6)
-    with pytest.raises(bw.BitwrightError, match="call bitwright.prepare first"):
+    with pytest.raises(bw.BitwrightError, match=r"call bitwright\.prepare first"):
         bw.calibrate(net(), [x])
     with pytest.raises(bw.BitwrightError, match="no batch was given"):
         bw.calibrate(bw.prepare(net(), bw.rules("w4a4")), [])
