@@ -4,31 +4,19 @@ Names are those of the training form: the node of a layer is called as the layer
 are its weight as integers and dequantized, `<layer>.input.codes` its input's codes; `verify` asks for them by name.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import NodeProto, TensorProto, helper, numpy_helper
-from torch import Tensor, nn
+from onnx import NodeProto, TensorProto, helper
+from torch import nn
 
+from bitwright.deploy.builder import GraphBuilder, clippings
 from bitwright.deploy.integer import DOMAIN, InputCodes, IntConv, IntEmbedding, IntLayer, IntLinear
 from bitwright.deploy.packing import OPSET, field_widths, function_name, pack_fields, pack_int4, unpack_function
 from bitwright.errors import BitwrightError
-
-# `stem.input_quantizer` is `stem.input` in the file.
-QUANTIZER = "_quantizer"
-PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-
-
-def container_zero(codes: InputCodes) -> int:
-    """What is added to codes in the file, where all are uint8: 128 where they can be negative.
-
-    x86 kernels want unsigned inputs, and onnxruntime rewrites int8 ones on its own, not always correctly.
-    """
-    return 128 if codes.lo < 0 else 0
 
 
 @dataclass(frozen=True)
@@ -43,97 +31,13 @@ class LayerFile:
 
 
 @dataclass
-class Lowering:
-    """The ONNX graph under construction."""
+class Lowering(GraphBuilder):
+    """Replaces the placeholders of one network."""
 
-    layers: dict[str, IntLayer]
-    quantizers: dict[str, InputCodes]
-    nodes: list[NodeProto] = field(default_factory=list)
-    initializers: dict[str, TensorProto] = field(default_factory=dict)
+    layers: dict[str, IntLayer] = field(default_factory=dict)
+    quantizers: dict[str, InputCodes] = field(default_factory=dict)
     functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
     files: dict[str, LayerFile] = field(default_factory=dict)
-    calls: Counter[str] = field(default_factory=Counter)
-
-    def node(self, kind: str, inputs: list[str], output: str, **attributes) -> str:
-        """Append a node; returns the name of its output. Only what carries a layer's name has a name: they add up."""
-        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
-        return output
-
-    def constant(self, name: str, values: np.ndarray) -> str:
-        """An initializer, made once per name."""
-        if name not in self.initializers:
-            self.initializers[name] = numpy_helper.from_array(np.array(values, order="C"), name)
-        return name
-
-    def scalar(self, value: float, dtype: type) -> str:
-        """A shared scalar constant."""
-        return self.constant(f"{np.dtype(dtype).name}_{value}", np.array(value, dtype))
-
-    def call(self, name: str) -> str:
-        """`name`, or `name:1`, `name:2`, … for a module that the graph calls again."""
-        self.calls[name] += 1
-        return name if self.calls[name] == 1 else f"{name}:{self.calls[name] - 1}"
-
-    def quantized(
-        self, codes: InputCodes, x: str, *, integer: bool = True, pads: list[int] | None = None, mode: str = ""
-    ) -> str:
-        """Quantize `x`; returns the dequantized tensor. With `pads` the codes are padded in between.
-
-        With `integer` a runtime may compute on the codes; without, or where the zero points are no codes, nothing in
-        the graph says that the tensor was quantized (onnxruntime would then quantize a float weight on its own).
-        """
-        name = codes.name.removesuffix(QUANTIZER)
-        at = self.call(name)
-        base = container_zero(codes)
-        lo, hi = codes.lo + base, codes.hi + base
-        per_axis = {} if codes.per_tensor else {"axis": codes.axis}
-        narrow = (lo, hi) != (0, 255)
-        out = f"{at}.codes"
-        scale = zero = ""
-        if codes.whole:
-            values = codes.scale.numpy()
-            scale = self.constant(f"{name}.scale", values.reshape(()) if codes.per_tensor else values)
-            zero = self.zero_point(codes, base)
-            k = self.node("QuantizeLinear", [x, scale, zero], f"{at}.q" if narrow else out, **per_axis)
-        else:
-            # A fractional zero point is added in floating point, as in training, and rounded afterwards.
-            v = self.node("Div", [x, self.spread(codes, codes.scale, "scale")], f"{at}.steps")
-            v = self.node("Add", [v, self.spread(codes, codes.zero, "zero")], f"{at}.shifted")
-            unit, none = self.scalar(1.0, np.float32), self.scalar(base, np.uint8)
-            k = self.node("QuantizeLinear", [v, unit, none], f"{at}.q" if narrow else out)
-        if narrow:
-            low = [self.scalar(lo, np.uint8) if lo > 0 else ""]
-            high = [self.scalar(hi, np.uint8)] if hi < 255 else []
-            k = self.node("Clip", [k, *low, *high], out)
-        if codes.whole and integer:
-            if pads is not None:
-                k = self.padded(k, pads, mode, at)
-            return self.node("DequantizeLinear", [k, scale, zero], f"{at}.x", **per_axis)
-        number = self.node("Cast", [k], f"{at}.number", to=TensorProto.FLOAT)
-        number = self.node("Sub", [number, self.spread(codes, codes.zero + base, "center")], f"{at}.centered")
-        value = self.node("Mul", [number, self.spread(codes, codes.scale, "scale")], f"{at}.x")
-        return value if pads is None else self.padded(value, pads, mode, at)
-
-    def zero_point(self, codes: InputCodes, base: int) -> str:
-        """The zero points of a quantizer, in its container."""
-        zero = codes.zero.numpy().round() + base
-        if codes.per_tensor:
-            return self.scalar(int(zero[0]), np.uint8)
-        values = np.broadcast_to(zero, codes.scale.shape).astype(np.uint8)
-        return self.constant(f"{codes.name.removesuffix(QUANTIZER)}.zero_point", values)
-
-    def spread(self, codes: InputCodes, t: Tensor, what: str) -> str:
-        """Per-channel numbers of a quantizer shaped to broadcast against its tensor."""
-        values = t.numpy()
-        if values.size > 1:
-            values = values.reshape(-1, *[1] * (-codes.axis - 1))
-        return self.constant(f"{codes.name.removesuffix(QUANTIZER)}.{what}_spread", values)
-
-    def padded(self, x: str, pads: list[int], mode: str, at: str) -> str:
-        """`x` padded at its spatial axes."""
-        half = len(pads) // 2
-        full = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
-        return self.node("Pad", [x, self.constant(f"{at}.pads", full)], f"{at}.padded", mode=PAD_MODES[mode])
 
     def unpacked(self, layer: IntLayer, transpose: bool) -> str:
         """The integer weight (FLOAT where it does not fit INT8), stored at its own width; made once per layer."""
@@ -286,7 +190,7 @@ def lower(model: onnx.ModelProto, frozen: nn.Module) -> tuple[onnx.ModelProto, l
     """
     layers = {m.name: m for m in frozen.modules() if isinstance(m, IntLayer)}
     codes = {m.name: m for m in frozen.modules() if isinstance(m, InputCodes)}
-    work = Lowering(layers, codes)
+    work = Lowering(clippings=clippings(model.graph), layers=layers, quantizers=codes)
     for node in model.graph.node:
         if node.domain == DOMAIN:
             work.replace(node)
@@ -298,7 +202,7 @@ def lower(model: onnx.ModelProto, frozen: nn.Module) -> tuple[onnx.ModelProto, l
             work.nodes.append(clean)
     kept = [strip(t) for t in model.graph.initializer]
     graph = helper.make_graph(
-        work.nodes,
+        [n for n in work.nodes if n.output[0] not in work.absorbed],
         "network",
         [bare(v) for v in model.graph.input],
         [bare(v) for v in model.graph.output],

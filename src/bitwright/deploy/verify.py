@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.calibrate import batch_inputs, evaluating
+from bitwright.deploy.builder import container_zero
 from bitwright.deploy.comparison import InputRow, VerifyReport, WeightRow
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntLayer, IntLinear
-from bitwright.deploy.lower import container_zero
 from bitwright.deploy.probe import Probe, code_tensors, open_session, read, run_session
 from bitwright.errors import BitwrightError
 from bitwright.prepare import quantizers
