@@ -37,6 +37,10 @@ class Method:
     def after_epoch(self, metrics: dict[str, Any]) -> None:
         """After an epoch; `metrics` may be read and extended."""
 
+    def summary(self) -> dict[str, Any]:
+        """What a reader of the finished run wants to know, as plain values ready for JSON."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything the method remembers and a model's buffers do not hold (tensors and plain values)."""
         return {}

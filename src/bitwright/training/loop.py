@@ -112,6 +112,7 @@ class Trainer:
             self.evaluated,
             self.dataset,
             self.rows,
+            self.step.methods,
             float_accuracy=None if self.partner is None else self.partner.accuracy,
             seconds=self.seconds,
             device=self.device,
@@ -146,6 +147,7 @@ class Trainer:
         context = MethodContext(
             model=self.model,
             partner=None if self.partner is None else self.partner.model,
+            loss_fn=self._cross_entropy,
             dataset=self.dataset,
             batch_size=self.batch_size,
             example=self.example,
@@ -166,9 +168,12 @@ class Trainer:
             )
         self.ema = None if options.ema is None else Ema(self.model, options.ema)
 
+    def _cross_entropy(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.float(), y, label_smoothing=self.recipe.optimizer.label_smoothing)
+
     def _task_loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy; looked at before the backward pass, while the weights are still what made it."""
-        loss = F.cross_entropy(outputs.float(), y, label_smoothing=self.recipe.optimizer.label_smoothing)
+        loss = self._cross_entropy(outputs, y)
         if self._looks() and not bool(torch.isfinite(loss)):
             assert self.step.batch is not None
             raise Diverged(self._diverged("the loss", first_bad_layer(self.model, self.step.batch.x)))

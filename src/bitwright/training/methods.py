@@ -1,11 +1,9 @@
 """Training methods by the names that recipes use."""
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
@@ -19,12 +17,13 @@ class MethodContext:
     """What a method may be built from.
 
     model: prepared and calibrated, on the training device. partner: the float network in evaluation mode on the same
-    device, or None. dataset; batch_size: of the run. example: one batch of inputs on the device. steps: optimizer
+    device, or None. loss_fn: the task loss, (outputs, y) -> scalar. dataset; batch_size: of the run. example: one batch of inputs on the device. steps: optimizer
     steps of the whole run. epochs, seed: of the run.
     """
 
     model: nn.Module
     partner: nn.Module | None
+    loss_fn: Callable[[Tensor, Tensor], Tensor]
     dataset: Dataset
     batch_size: int
     example: Tensor
@@ -50,9 +49,8 @@ def _kd(options: dict[str, Any], context: MethodContext) -> Method:
 
 
 def _bwrf(options: dict[str, Any], context: MethodContext) -> Method:
-    # A copy: the method puts hooks on its partner, and another method may run the same one.
-    partner = copy.deepcopy(context.need_partner("bwrf"))
-    return BWRF(context.model, partner, **{"seed": context.seed, **options})
+    own = {"seed": context.seed, "loss_fn": context.loss_fn}
+    return BWRF(context.model, context.need_partner("bwrf"), **{**own, **options})
 
 
 def _pege(options: dict[str, Any], context: MethodContext) -> Method:
@@ -60,7 +58,7 @@ def _pege(options: dict[str, Any], context: MethodContext) -> Method:
 
 
 def _adaqat(options: dict[str, Any], context: MethodContext) -> Method:
-    return AdaQAT(context.model, context.steps, context.cost_table().rows, **options)
+    return AdaQAT(context.model, context.steps, context.cost_table(), **options)
 
 
 def _ewgs(options: dict[str, Any], context: MethodContext) -> Method:
@@ -69,7 +67,7 @@ def _ewgs(options: dict[str, Any], context: MethodContext) -> Method:
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         return context.dataset.train_batches(epoch=0, seed=context.seed, batch_size=context.batch_size, device=device)
 
-    return EWGSDelta(context.model, F.cross_entropy, batches, **{"seed": context.seed, **options})
+    return EWGSDelta(context.model, context.loss_fn, batches, **{"seed": context.seed, **options})
 
 
 METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {

@@ -1,12 +1,14 @@
 """`summary.json`: what a finished run is, in one page."""
 
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 import bitwright
+from bitwright.methods import Method
 from bitwright.prepare import quantizers
 from bitwright.training.data import Dataset
 from bitwright.training.recipe import Recipe
@@ -41,6 +43,7 @@ def summarize(
     model: nn.Module,
     dataset: Dataset,
     rows: list[dict[str, Any]],
+    methods: Sequence[Method],
     *,
     float_accuracy: float | None,
     seconds: float,
@@ -48,7 +51,8 @@ def summarize(
 ) -> dict[str, Any]:
     """The content of summary.json.
 
-    model: the trained network, as it is evaluated. rows: of metrics.jsonl. float_accuracy: of the partner; the key is
+    model: the trained network, as it is evaluated. rows: of metrics.jsonl. methods: their own summaries, by name,
+    are under the key "methods". float_accuracy: of the partner; the key is
     absent where there is none. seconds: of training and evaluation, over all sessions of the run.
     """
     from bitwright.costs import cost_table
@@ -72,4 +76,5 @@ def summarize(
         "data": dataset.name,
         "model": recipe.model.name,
         "recipe": recipe.digest(),
+        "methods": {m.name: found for m in methods if (found := m.summary())},
     }

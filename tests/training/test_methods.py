@@ -1,0 +1,40 @@
+"""Methods as recipes name them: through the trainer, by name, combined, resumed."""
+
+import pytest
+from . import runs
+
+PARTNER = runs.PARTNER
+
+
+def test_every_name_trains_and_leaves_its_losses(tmp_path):
+    summary = runs.train(
+        tmp_path, PARTNER, "estimator=pege", "methods=[{bwrf: {backbone_kd: false}}, kd, pege]", "schedule.epochs=2"
+    )
+    last = runs.rows_of(tmp_path)[-1]
+    assert {"loss_task", "loss_kd", "loss_bwrf_branches", "pege/rate", "pege/discretization_error"} <= last.keys()
+    assert last["pege/rate"] == 1.0
+    assert summary["methods"] == {}
+
+
+def test_ewgs_moves_its_factor_from_the_runs_own_batches(tmp_path):
+    runs.train(tmp_path, PARTNER, "estimator=ewgs", "methods=[{ewgs: {every: 1, iterations: 2}}]", "schedule.epochs=1")
+    assert runs.rows_of(tmp_path)[-1]["ewgs/delta"] >= 0
+
+
+@pytest.mark.slow
+def test_adaqat_meets_its_budgets_from_below_and_says_so(tmp_path):
+    """Budgets in the cost table's own numbers; the widths, their path and their cost are in the summary."""
+    budget = {"bitops": 1.6e6, "size": 3900}
+    options = (
+        f"methods=[{{adaqat: {{granularity: layer, every: 1, budget: {{bitops: 1.6e6, size: {budget['size']}}}}}}}]"
+    )
+    summary = runs.train(tmp_path, PARTNER, "bits=w8a8", options, "schedule.epochs=6")
+    assert summary["bitops"] <= budget["bitops"]
+    assert summary["size_bytes"] <= budget["size"]
+    told = summary["methods"]["adaqat"]
+    assert told["cost"]["bitops"] == pytest.approx(summary["bitops"])
+    assert told["cost"]["size"] == pytest.approx(summary["size_bytes"])
+    assert told["frozen"]
+    assert told["path"]
+    ours = {name: bits["weight"] for name, bits in told["widths"].items() if "weight" in bits}
+    assert ours == {name: summary["weight_bits"][name] for name in ours}
