@@ -1,6 +1,7 @@
 """Methods as recipes name them: through the trainer, by name, combined, resumed."""
 
 import pytest
+
 from . import runs
 
 PARTNER = runs.PARTNER

@@ -17,8 +17,8 @@ class MethodContext:
     """What a method may be built from.
 
     model: prepared and calibrated, on the training device. partner: the float network in evaluation mode on the same
-    device, or None. loss_fn: the task loss, (outputs, y) -> scalar. dataset; batch_size: of the run. example: one batch of inputs on the device. steps: optimizer
-    steps of the whole run. epochs, seed: of the run.
+    device, or None. loss_fn: the task loss, (outputs, y) -> scalar. dataset; batch_size: of the run. example: one
+    batch of inputs on the device. steps: optimizer steps of the whole run. epochs, seed: of the run.
     """
 
     model: nn.Module
