@@ -36,22 +36,22 @@ def mixer():
 SWIN = {"patch_size": [4, 4], "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
 VIT = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 96}
 
-# (image size, maker); deep ones are cut where that leaves every kind of layer in place.
+# (image size, maker); deep models are cut where that leaves every kind of layer in place.
 MODELS = {
     "resnet18": (32, lambda: vision("resnet18")),
     "mobilenet_v2": (32, lambda: vision("mobilenet_v2", inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]])),
     "mobilenet_v3_small": (32, lambda: vision("mobilenet_v3_small")),
     "densenet": (32, lambda: vision("DenseNet", growth_rate=8, block_config=(2, 2), num_init_features=8)),
     "vit": (32, lambda: vision("VisionTransformer", **VIT)),
-    "swin": (40, lambda: vision("SwinTransformer", **SWIN)),
-    "swin_v2": (32, swin_v2),
     "timm deit": (32, lambda: timm("deit_tiny_patch16_224", img_size=32, depth=2)),
     "timm convnext": (32, lambda: timm("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))),
     "timm mixer": (64, mixer),
-    "timm swin": (56, lambda: timm("swin_tiny_patch4_window7_224", img_size=56, depths=(2, 2), num_heads=(3, 6))),
     "timm resnetv2, standardized weights": (32, lambda: timm("resnetv2_50", layers=(1, 1), channels=(16, 32))),
 }
-DEEP = {
+SLOW = {
+    "swin": (40, lambda: vision("SwinTransformer", **SWIN)),
+    "swin_v2": (32, swin_v2),
+    "timm swin": (56, lambda: timm("swin_tiny_patch4_window7_224", img_size=56, depths=(2, 2), num_heads=(3, 6))),
     "vgg11_bn": (32, lambda: vision("vgg11_bn")),
     "efficientnet_b0": (64, lambda: vision("efficientnet_b0")),
     "regnet_y_400mf": (64, lambda: vision("regnet_y_400mf")),
@@ -60,12 +60,12 @@ DEEP = {
 }
 # Layers that compute without a quantized form, and are said to: class by model.
 FLOAT = {"timm swin": {"WindowAttention"}}
-architectures = pytest.mark.parametrize("name", [*MODELS, *(pytest.param(n, marks=pytest.mark.slow) for n in DEEP)])
+architectures = pytest.mark.parametrize("name", [*MODELS, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
 
 
 def build(name):
     """The float model with five classes, moved away from its symmetric start, and an input batch."""
-    size, maker = (MODELS | DEEP)[name]
+    size, maker = (MODELS | SLOW)[name]
     model = maker()
     for module in model.modules():  # layer scale of 1e-6 and zero heads would hide everything behind them
         for own, parameter in module.named_parameters(recurse=False):
