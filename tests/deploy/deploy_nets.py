@@ -1,11 +1,15 @@
 """Small networks with everything that deployment must get right, and one that was really trained."""
 
+import tempfile
+from functools import cache
+from pathlib import Path
+
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.deploy import export, verify
+from bitwright.deploy import export, snap_biases, verify
 from bitwright.deploy.comparison import VerifyReport
 from bitwright.layers import Add
 from bitwright.training.models.resnet import CifarResNet
@@ -63,6 +67,18 @@ def mixed_net(grid: str, bits: int) -> nn.Module:
     return bw.calibrate(model, [torch.randn(64, 3, 8, 8)]).eval()
 
 
+@cache
+def exported(grid: str, bits: int) -> tuple[nn.Module, bytes]:
+    """A snapped `mixed_net` and its file, made once; tests must not change the model."""
+    torch.manual_seed(bits)
+    model = mixed_net(grid, bits)
+    snap_biases(model, torch.randn(2, 3, 8, 8))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.onnx"
+        export(model, path, torch.randn(2, 3, 8, 8))
+        return model, path.read_bytes()
+
+
 def quantized(model: nn.Module, bits: str, data: Tensor, **kwargs) -> nn.Module:
     """`model` prepared by `rules(bits)` and calibrated on `data`."""
     bw.prepare(model.eval(), bw.rules(bits, **kwargs))
@@ -75,6 +91,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
 
 
+@cache
 def trained_resnet(bits: str, steps: int = 60) -> tuple[nn.Module, Tensor]:
     """A ResNet-8 trained on digits, float first and then at `bits`; returns it with images it has not seen."""
     x, y = digits()

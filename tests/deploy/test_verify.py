@@ -1,12 +1,13 @@
 """`verify` says yes to the network that was trained, and no, naming the layer, to any other."""
 
+import copy
 import json
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from deploy_nets import mixed_net, quantized, shipped, trained_resnet
+from deploy_nets import exported, mixed_net, quantized, shipped, trained_resnet
 from onnx import numpy_helper
 from test_freeze import Attending
 from torch import nn
@@ -29,7 +30,7 @@ def test_every_grid_at_every_width_in_the_runtime(grid, bits, tmp_path):
 
 @pytest.mark.parametrize("bits", ["w2a2", "w4a4"])
 def test_a_trained_network_is_shipped_exactly(bits, tmp_path):
-    model, x = trained_resnet(bits)
+    model, x = copy.deepcopy(trained_resnet(bits))
     snap_biases(model, x[:2])
     report = shipped(model, tmp_path / "net.onnx", x)
     assert report.ok, report.first_difference
@@ -44,7 +45,7 @@ def test_a_trained_network_is_shipped_exactly(bits, tmp_path):
 
 
 def test_biases_that_were_not_snapped_are_found(tmp_path):
-    model, x = trained_resnet("w2a2", steps=30)
+    model, x = trained_resnet("w2a2")
     report = shipped(model, tmp_path / "net.onnx", x)
     assert not report.ok
     assert "codes differ between the training form and the frozen form" in report.first_difference
@@ -79,11 +80,10 @@ def flip_lowest(raw: bytearray) -> None:
     ],
 )
 def test_one_changed_weight_is_found(bits, tensor, layer, tmp_path):
-    model = mixed_net("lsq", bits)
+    model, data = exported("lsq", bits)
     x = torch.randn(32, 3, 8, 8)
-    snap_biases(model, x[:2])
     path = tmp_path / "net.onnx"
-    export(model, path, x[:2])
+    path.write_bytes(data)
     assert verify(model, path, [x]).ok
     edit(path, tensor, flip_lowest)
     report = verify(model, path, [x])
@@ -94,11 +94,10 @@ def test_one_changed_weight_is_found(bits, tensor, layer, tmp_path):
 
 
 def test_a_changed_input_scale_is_found_at_its_quantizer(tmp_path):
-    model = mixed_net("lsq", 4)
+    model, data = exported("lsq", 4)
     x = torch.randn(32, 3, 8, 8)
-    snap_biases(model, x[:2])
     path = tmp_path / "net.onnx"
-    export(model, path, x[:2])
+    path.write_bytes(data)
 
     def larger(raw: bytearray) -> None:
         raw[:] = (np.frombuffer(raw, np.float32) * np.float32(1.05)).tobytes()
@@ -136,9 +135,9 @@ def test_attention_in_the_runtime(bits, tmp_path):
 
 
 def test_the_report_is_json(tmp_path):
-    model = mixed_net("lsq", 4)
-    snap_biases(model, torch.randn(2, 3, 8, 8))
-    report = shipped(model, tmp_path / "net.onnx", torch.randn(8, 3, 8, 8))
+    model, data = exported("lsq", 4)
+    (tmp_path / "net.onnx").write_bytes(data)
+    report = verify(model, tmp_path / "net.onnx", [torch.randn(8, 3, 8, 8)])
     back = json.loads(json.dumps(report.as_dict()))
     assert back["ok"] is True
     assert back["images"] == 8
@@ -158,11 +157,9 @@ def test_the_models_mode_and_weights_are_kept(tmp_path):
 
 
 def test_files_that_are_no_export_of_this_network(tmp_path):
-    model = mixed_net("lsq", 4)
+    model, whole = exported("lsq", 4)
     x = torch.randn(4, 3, 8, 8)
     path = tmp_path / "net.onnx"
-    export(model, path, x)
-    whole = path.read_bytes()
 
     def refused(data: bytes, message: str) -> None:
         path.write_bytes(data)
@@ -189,10 +186,9 @@ def test_files_that_are_no_export_of_this_network(tmp_path):
 
 
 def test_the_same_layers_with_other_weights_are_named(tmp_path):
-    first, second = mixed_net("lsq", 4), mixed_net("lsq", 4)
     path = tmp_path / "net.onnx"
-    export(first, path, torch.randn(2, 3, 8, 8))
-    report = verify(second, path, [torch.randn(4, 3, 8, 8)])
+    path.write_bytes(exported("lsq", 4)[1])
+    report = verify(mixed_net("lsq", 4), path, [torch.randn(4, 3, 8, 8)])
     assert not report.ok
     assert report.first_difference.startswith("stem: ")
 
@@ -202,11 +198,9 @@ def test_no_batch_is_refused(tmp_path):
         verify(mixed_net("lsq", 4), tmp_path / "net.onnx", [])
 
 
-def test_numbers_survive(tmp_path):
+def test_numbers_survive():
     """The file's integers are the frozen form's, read without the runtime."""
-    model = mixed_net("lsq", 8)
-    path = tmp_path / "net.onnx"
-    export(model, path, torch.randn(2, 3, 8, 8))
-    tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer}
+    model, data = exported("lsq", 8)
+    tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer}
     codes = model.last.weight_quantizer.integer_codes(model.last.weight)
     assert np.array_equal(tensors["last.codes"], codes.numpy())

@@ -1,0 +1,58 @@
+"""Models of torchvision and timm from prepare to verify, small pictures, weights as they are initialized."""
+
+from collections import Counter
+
+import pytest
+import torch
+from deploy_nets import quantized
+from test_export import optimized
+from torch import nn
+
+from bitwright.deploy import export, snap_biases, verify
+from bitwright.training.vision import import_timm, import_torchvision
+
+
+def resnet18() -> nn.Module:
+    return import_torchvision().models.resnet18(num_classes=10)
+
+
+def mobilenet() -> nn.Module:
+    """Depth-wise convolutions, ReLU6, TensorFlow's padding, norms with an activation inside."""
+    return import_timm().create_model("tf_efficientnet_lite0", num_classes=10)
+
+
+def torchvision_vit() -> nn.Module:
+    return import_torchvision().models.VisionTransformer(64, 16, 2, 4, 64, 128, num_classes=10)
+
+
+def timm_vit() -> nn.Module:
+    return import_timm().create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=10)
+
+
+def swin() -> nn.Module:
+    return import_torchvision().models.SwinTransformer([4, 4], 16, [2], [2], [4, 4], num_classes=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [resnet18, mobilenet, torchvision_vit, timm_vit, swin])
+def test_from_prepare_to_verify(make, tmp_path):
+    model = make().train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, 3, 64, 64))
+    model = quantized(model, "w4a4", torch.randn(16, 3, 64, 64))
+    x = torch.randn(32, 3, 64, 64)
+    snap_biases(model, x[:2])
+    path = tmp_path / "net.onnx"
+    out = export(model, path, x[:2])
+    assert out.dynamic_batch
+    report = verify(model, path, x.split(16))
+    assert all(row["different_file"] == 0 for row in report.rows() if row["what"] == "weight")
+    assert all(row["ok"] for row in report.rows()), report.first_difference
+    # Without training, logits are close together: a code that flips at a tie of float32 can turn a prediction.
+    assert report.different_file <= report.images - report.clean_images
+    assert report.clean_images > 0
+    assert report.clean_logit_difference <= 1e-4 * report.largest_logit
+    kinds = Counter(n.op_type for n in optimized(path, tmp_path).graph.node)
+    assert kinds["MatMulIntegerToFloat"] >= sum(isinstance(m, nn.Linear) for m in model.modules())
+    assert kinds["MatMul"] + kinds["Gemm"] == 0
