@@ -1,8 +1,9 @@
 """Deployment: the frozen integer form, the file that a runtime opens, and the proof that they are one network."""
 
+from bitwright.deploy.bench import BenchReport, bench
 from bitwright.deploy.comparison import VerifyReport
 from bitwright.deploy.export import ExportReport, export
 from bitwright.deploy.freeze import freeze, snap_biases
 from bitwright.deploy.verify import verify
 
-__all__ = ["ExportReport", "VerifyReport", "export", "freeze", "snap_biases", "verify"]
+__all__ = ["BenchReport", "ExportReport", "VerifyReport", "bench", "export", "freeze", "snap_biases", "verify"]
