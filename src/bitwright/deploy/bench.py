@@ -138,7 +138,7 @@ def float_onnx(model: nn.Module, example: Tensor) -> bytes:
     try:
         with quiet_export(), torch.no_grad():
             program = torch.onnx.export(
-                copy.deepcopy(model).cpu().eval(),
+                twin,
                 (example,),
                 dynamo=True,
                 opset_version=OPSET,
