@@ -114,6 +114,12 @@ def test_export_then_verify_then_a_changed_file(bitwright, trained, tmp_path):
     code, out, _ = bitwright("verify", trained, file, "--images", 100)
     assert "verified: " in out
     assert "on 100 images, 0 predictions differ" in out
+    code, out, _ = bitwright("bench", trained, file, "--runs", 3, "--json")
+    timed = json.loads(out)
+    assert code == 0
+    assert timed["ratio"] > 0
+    assert sum(timed["integer_kernels"].values()) + sum(timed["float_kernels"].values()) == 8  # 7 convolutions, fc
+    assert "integer kernels" in bitwright("bench", trained, file, "--runs", 3)[1]
 
     content = bytearray(file.read_bytes())
     model = onnx.load(file)
@@ -189,7 +195,7 @@ def test_wrong_usage_exits_with_2(bitwright):
 def test_help_names_every_command(bitwright):
     code, out, _ = bitwright("--help")
     assert code == 0
-    for command in ("train", "eval", "export", "verify", "cost", "sweep"):
+    for command in ("train", "eval", "export", "verify", "cost", "bench", "sweep"):
         assert command in out
 
 

@@ -104,3 +104,11 @@ def test_describe_has_a_row_per_quantizer():
         8,
         False,
     )
+
+
+def test_quantizers_take_the_mode_of_their_layer():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 2)).eval()
+    model[1].train()
+    bw.prepare(model, bw.rules("w4a4", grid="minmax"))
+    modes = {name: q.training for name, q in bw.quantizers(model).items()}
+    assert modes == {n: n.startswith("1.") for n in modes}

@@ -191,6 +191,40 @@ def cost(
 
 
 @app.command()
+def bench(
+    run: Run,
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Default: RUN/model.onnx.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images per run of the network.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of the runtime.")] = 1,
+    runs: Annotated[int, typer.Option("--runs", min=2, help="Timed runs of each, alternating.")] = 30,
+    data_dir: DataDir = None,
+    cache: Cache = None,
+    as_json: Json = False,
+) -> None:
+    """Latency of FILE beside the float network of the same architecture, in the same runtime, alternating."""
+    from bitwright.deploy import bench as measure
+    from bitwright.training.folder import load_run
+    from bitwright.training.setup import float_model
+
+    loaded = load_run(run, data_dir=data_dir, cache=cache)
+    example = next(iter(loaded.dataset.test_batches(batch_size=batch, device="cpu")))[0]
+    twin = float_model(loaded.recipe, loaded.dataset, fresh=True)
+    result = measure(file or loaded.folder.model, twin, example, threads, runs=runs)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+        return
+    lines = [
+        [name, f"{t.median:.3f}", f"{t.lower:.3f}", f"{t.upper:.3f}"]
+        for name, t in (("file", result.file), ("float", result.float_model))
+    ]
+    _print_table(["", "median ms", "lower quartile", "upper quartile"], lines)
+    print(
+        f"file ÷ float {result.ratio:.3f}, batch {result.batch}, threads {result.threads}; "
+        f"{result.integer_share:.0%} of convolutions and products on integer kernels"
+    )
+
+
+@app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP", help="A sweep file.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: runs/NAME.")] = None,

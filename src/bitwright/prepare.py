@@ -53,7 +53,7 @@ def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
 
 
 def add_quantizers(layer: QuantLayer, name: str, fields: dict[str, QuantizerSpec], is_first: bool) -> None:
-    """Fill the slots of a swapped layer as `fields` (rule field: spec) say, on its device and in its precision."""
+    """Fill the slots of a swapped layer as `fields` (rule field: spec) say, with its mode, device and precision."""
     like = next(layer.parameters(), None)
     for slot in (*layer.weight_slots, *layer.input_slots):
         spec = fields.get(slot_field(slot, type(layer)))
@@ -66,6 +66,7 @@ def add_quantizers(layer: QuantLayer, name: str, fields: dict[str, QuantizerSpec
         if is_first and slot == "input_quantizer" and spec.learn is None:
             quantizer.set_learned(False)
         quantizer.name = f"{name}.{slot}" if name else slot
+        quantizer.train(layer.training)
         setattr(layer, slot, quantizer if like is None else quantizer.to(like.device, like.dtype))
 
 

@@ -10,16 +10,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from bitwright.cache import cache_folder
+
 SOURCE = Path(__file__).with_name("fused.c")
 # Errno and trapping semantics keep rintf and selects out of vector code; neither changes a value.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 
 logger = logging.getLogger("bitwright")
-
-
-def cache_folder() -> Path:
-    """Where the compiled library is kept: `$BITWRIGHT_CACHE`, else `~/.cache/bitwright`."""
-    return Path(os.environ.get("BITWRIGHT_CACHE", Path.home() / ".cache" / "bitwright")).expanduser()
 
 
 def machine_key() -> str:

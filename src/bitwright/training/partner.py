@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 import bitwright
+from bitwright.cache import cache_folder
 from bitwright.errors import BitwrightError
 from bitwright.training.checkpoint import cannot_write, load_checkpoint, seed_everything, write_atomic
 from bitwright.training.data import Dataset
-from bitwright.training.data.sources import cache_folder
 from bitwright.training.evaluate import evaluate
 from bitwright.training.folder import RunFolder, load_state
 from bitwright.training.interrupt import StopSignals

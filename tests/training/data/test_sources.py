@@ -9,7 +9,7 @@ import pytest
 
 from bitwright.errors import BitwrightError
 from bitwright.training.data import sources
-from bitwright.training.data.sources import Remote, cache_folder, fetch, fetch_missing, search_folders
+from bitwright.training.data.sources import Remote, fetch, fetch_missing, search_folders
 
 CONTENT = bytes(range(256)) * 5000
 
@@ -116,9 +116,8 @@ def test_without_leave_to_download_it_says_where_it_looked_and_what_to_do(tmp_pa
 def test_folders_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system = sources.SYSTEM_FOLDER / "d"
     assert search_folders("d", tmp_path, tmp_path / "c") == [tmp_path, system, tmp_path / "c" / "d"]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder(None) == tmp_path / "bitwright"
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("BITWRIGHT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert search_folders("d", None, None) == [system, tmp_path / ".cache" / "bitwright" / "d"]
     with pytest.raises(BitwrightError, match=r"data folder .*none: no such folder"):

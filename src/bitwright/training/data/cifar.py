@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitwright.cache import cache_folder
 from bitwright.errors import BitwrightError
 from bitwright.training.data.dataset import check_statistics, take_subset
 from bitwright.training.data.memory import MemoryDataset
-from bitwright.training.data.sources import Remote, cache_folder, fetch_missing, search_folders
+from bitwright.training.data.sources import Remote, fetch_missing, search_folders
 
 PIXELS = 3 * 32 * 32
 

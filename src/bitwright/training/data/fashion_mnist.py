@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bitwright.cache import cache_folder
 from bitwright.errors import BitwrightError
 from bitwright.training.data.dataset import check_statistics, take_subset
 from bitwright.training.data.memory import MemoryDataset
-from bitwright.training.data.sources import Remote, cache_folder, fetch_missing, search_folders
+from bitwright.training.data.sources import Remote, fetch_missing, search_folders
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 MEAN, STD = (0.2860,), (0.3530,)

@@ -9,6 +9,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
+from bitwright.cache import cache_folder
 from bitwright.errors import BitwrightError
 
 CONNECT_SECONDS = 5.0
@@ -26,13 +27,6 @@ class Remote:
     @property
     def name(self) -> str:
         return self.url.rpartition("/")[2]
-
-
-def cache_folder(cache: str | Path | None) -> Path:
-    """`cache`, else `bitwright` in the user's cache folder ($XDG_CACHE_HOME or ~/.cache)."""
-    if cache is not None:
-        return Path(cache).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitwright"
 
 
 def search_folders(name: str, data_dir: str | Path | None, cache: str | Path | None) -> list[Path]:
