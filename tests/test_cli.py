@@ -83,6 +83,13 @@ def test_eval_agrees_with_the_summary(bitwright, trained):
     _, text, _ = bitwright("eval", trained)
     assert f"accuracy {summary['accuracy']:.2%} on 500 images" in text
     assert "all 16 quantizers ran" in text
+    # Signedness was found from the data: the normalised image has negative values, what follows a relu has none.
+    signed = {q["name"]: q["signed"] for q in found["quantizers"]}
+    assert len(signed) == 16
+    assert signed["conv1.input_quantizer"]
+    assert not signed["layer2.0.conv2.input_quantizer"]
+    row = next(line for line in text.splitlines() if line.startswith("layer2.0.conv2.input_quantizer"))
+    assert row.split()[1:] == ["Conv2d", "lsq", "clipped_ste", "4", "unsigned", "1"]
 
 
 def test_cost_of_a_run_and_of_its_recipe_agree(bitwright, trained):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,8 +106,9 @@ def _ship_quickstart(out: Path, cache: Path | None) -> None:
 
 @app.command("eval")
 def evaluate_run(run: Run, data_dir: DataDir = None, cache: Cache = None, as_json: Json = False) -> None:
-    """Accuracy on the test split, coverage of the quantizers, cost."""
+    """Every quantizer, accuracy on the test split, coverage of the quantizers, cost."""
     from bitwright.coverage import require_complete
+    from bitwright.prepare import describe
     from bitwright.training.evaluate import evaluate
     from bitwright.training.folder import load_run
 
@@ -116,12 +118,20 @@ def evaluate_run(run: Run, data_dir: DataDir = None, cache: Cache = None, as_jso
     costs = _costs(loaded.model, loaded.dataset, loaded.device)
     found: dict[str, Any] = {"accuracy": result.accuracy, "loss": result.loss, "images": result.images}
     found |= {"bitops": costs.bitops, "size_bytes": costs.size_bytes}
+    rows = describe(loaded.model)
+    found["quantizers"] = [asdict(row) for row in rows]
     if result.coverage is not None:
         require_complete(result.coverage)
         found["coverage"] = {"ran": len(result.coverage.ran), "missed": [], "float": list(result.coverage.float_layers)}
     if as_json:
         print(json.dumps(found))
         return
+    lines = [
+        [r.name, r.layer, r.grid, r.estimator, str(r.bits), "signed" if r.signed else "unsigned", str(r.scales)]
+        for r in rows
+    ]
+    if lines:
+        _print_table(["quantizer", "layer", "grid", "estimator", "bits", "codes", "scales"], lines)
     print(f"accuracy {result.accuracy:.2%} on {result.images:,} images, loss {result.loss:.4f}")
     if result.coverage is not None:
         left = ", ".join(result.coverage.float_layers) or "none"
