@@ -2,9 +2,12 @@
 
 import importlib.util
 import math
+import re
 from pathlib import Path
 
 import torch
+
+import bitwright as bw
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -34,3 +37,18 @@ def test_a_loop_of_ones_own_needs_at_most_five_lines(monkeypatch):
     with torch.no_grad():
         codes = seen["model"].layer2[0].conv1.weight_quantizer.integer_codes(seen["model"].layer2[0].conv1.weight)
     assert codes.unique().numel() <= 16
+
+
+def test_the_readmes_five_lines_run(tmp_path, monkeypatch):
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    block = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
+    lines = [line for line in block.splitlines() if line and not line.startswith("...")]
+    assert len(lines) == 5
+    monkeypatch.chdir(tmp_path)
+    images = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.Flatten(), torch.nn.Linear(128, 5)
+    )
+    exec(block, {"model": model.eval(), "loader_of_some_images": images, "example": images[0]})
+    assert (tmp_path / "model.onnx").is_file()
+    assert bw.verify(model, "model.onnx", images).ok

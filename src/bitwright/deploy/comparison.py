@@ -65,12 +65,16 @@ class InputRow:
 
     def difference(self) -> str | None:
         """What is beyond tolerance, or None."""
-        forms = (("the training form and the frozen form", self.frozen), ("the frozen form and the file", self.file))
-        for forms_named, c in forms:
+        hint = " (was snap_biases called before the last evaluation?)"
+        forms = (
+            ("the training form and the frozen form", self.frozen, hint),
+            ("the frozen form and the file", self.file, ""),
+        )
+        for forms_named, c, remark in forms:
             if not c.ok:
                 return (
                     f"{self.name}: {c.clean_flips} of {c.clean_codes} codes differ between {forms_named}, "
-                    f"by up to {c.clean_steps} steps"
+                    f"by up to {c.clean_steps} steps{remark}"
                 )
         return None
 
