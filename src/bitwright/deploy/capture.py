@@ -1,6 +1,7 @@
 """What surrounds each layer, read from the captured graph: names and definition order say nothing."""
 
 import copy
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -33,10 +34,16 @@ PASSED = {
 
 @contextmanager
 def quiet_export() -> Iterator[None]:
-    """torch's exporters warn about their own internals; none of it is the user's doing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """torch's exporters warn and log about their own internals; none of it is the user's doing."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")  # says that torchvision is absent
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def first_line(error: BaseException) -> str:
