@@ -223,13 +223,13 @@ def bench(
     if as_json:
         print(json.dumps(result.as_dict()))
         return
-    lines = [
-        [name, f"{t.median:.3f}", f"{t.lower:.3f}", f"{t.upper:.3f}"]
-        for name, t in (("file", result.file), ("float", result.float_model))
-    ]
+    measured = (("file", result.file), ("float", result.float_model), ("static int8", result.static))
+    lines = [[name, f"{t.median:.3f}", f"{t.lower:.3f}", f"{t.upper:.3f}"] for name, t in measured if t is not None]
     _print_table(["", "median ms", "lower quartile", "upper quartile"], lines)
+    print("time: " + ", ".join(f"{name} {share:.0%}" for name, share in list(result.operators.items())[:8]))
+    beside = "" if result.static_ratio is None else f", ÷ the runtime's own static int8 {result.static_ratio:.3f}"
     print(
-        f"file ÷ float {result.ratio:.3f}, batch {result.batch}, threads {result.threads}; "
+        f"file ÷ float {result.ratio:.3f}{beside}, batch {result.batch}, threads {result.threads}; "
         f"{result.integer_share:.0%} of convolutions and products on integer kernels"
     )
 

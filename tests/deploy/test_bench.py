@@ -32,7 +32,13 @@ def test_what_is_reported(pair):
     assert (report.batch, report.threads, report.runs) == (3, 1, 5)
     for latency in (report.file, report.float_model):
         assert 0 < latency.lower <= latency.median <= latency.upper
+    assert report.static is not None
+    assert report.static.lower <= report.static.median <= report.static.upper
     assert report.ratio > 0
+    assert (report.static_ratio or 0) > 0
+    assert sum(report.operators.values()) == pytest.approx(1)
+    # The profile is of the graph that runs: both kinds of kernels below appear in it.
+    assert {*report.integer_kernels, *report.float_kernels} <= report.operators.keys()
     assert report.integer_kernels == {"MatMulIntegerToFloat": 1, "QLinearConv": 1}
     assert sum(report.float_kernels.values()) == 1
     assert report.integer_share == pytest.approx(2 / 3)

@@ -1,10 +1,13 @@
-"""`bench`: how fast the file is beside the float model, in the same runtime, in one run."""
+"""`bench`: how fast the file is beside the float model and the runtime's own quantization of it, in one run."""
 
+import contextlib
 import copy
+import functools
 import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.deploy.capture import first_line, quiet_export
+from bitwright.deploy.operators import operator_shares
 from bitwright.deploy.packing import OPSET
 from bitwright.deploy.probe import read
+from bitwright.deploy.static import quantize
 from bitwright.errors import BitwrightError
 
 INTEGER = {
@@ -43,15 +48,21 @@ class Latency:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Latency of a file and of its float partner, batch and threads alike.
+    """Latency of a file, of its float partner and of the runtime's own 8-bit form of that, batch and threads alike.
 
-    ratio: median of file ÷ float over neighbouring runs, which other load on the machine moves least.
+    static: the float model after onnxruntime's static post-training quantization; None where that tool fails.
+    ratio, static_ratio: median of file ÷ float and of file ÷ static over neighbouring runs, which other load on the
+    machine moves least.
+    operators: share of the file's time per operator, largest first.
     integer_kernels, float_kernels: how many convolutions and products of the optimized graph run on which, by operator.
     """
 
     file: Latency
     float_model: Latency
+    static: Latency | None
     ratio: float
+    static_ratio: float | None
+    operators: dict[str, float]
     batch: int
     threads: int
     runs: int
@@ -72,7 +83,7 @@ class BenchReport:
 def bench(
     path: str | Path, float_model: nn.Module, example: Tensor, threads: int = 1, *, runs: int = 30
 ) -> BenchReport:
-    """Time the file and the float model in onnxruntime, alternating, at default graph optimisation.
+    """Time the file, the float model and its static quantization in onnxruntime, alternating, at default settings.
 
     Args:
         path: a file written by `export`.
@@ -90,33 +101,51 @@ def bench(
     read(path)
     x = {"input": example.cpu().numpy()}
     with tempfile.TemporaryDirectory() as folder:
-        partner = Path(folder) / "float.onnx"
+        partner, static = Path(folder) / "float.onnx", Path(folder) / "static.onnx"
         partner.write_bytes(float_onnx(float_model, example.cpu()))
         try:
             ours, optimized = session(path, threads, Path(folder) / "optimized.onnx")
-            theirs, _ = session(partner, threads, None)
-            for _ in range(3):
-                ours.run(None, x)
-                theirs.run(None, x)
+            sessions = [ours, session(partner, threads, None)[0]]
+            for each in sessions:
+                each.run(None, x)
         except Exception as error:
             raise BitwrightError(f"{path}: onnxruntime cannot run it on this input: {first_line(error)}") from error
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(runs):
-            for log, each in zip(times, (ours, theirs), strict=True):
-                start = time.perf_counter()
-                each.run(None, x)
-                log.append(time.perf_counter() - start)
+        with contextlib.suppress(BitwrightError):
+            quantize(partner, x["input"], static)
+            sessions.append(session(static, threads, None)[0])
+        times = alternate([functools.partial(each.run, None, x) for each in sessions], runs)
+        operators = operator_shares(path, x, threads, Path(folder))
     kinds = Counter(node.op_type for node in optimized.graph.node) if optimized else Counter()
     return BenchReport(
-        Latency.of(times[0]),
-        Latency.of(times[1]),
-        statistics.median(a / b for a, b in zip(*times, strict=True)),
-        example.shape[0],
-        threads,
-        runs,
-        {k: kinds[k] for k in sorted(INTEGER & kinds.keys())},
-        {k: kinds[k] for k in sorted(FLOAT & kinds.keys())},
+        file=Latency.of(times[0]),
+        float_model=Latency.of(times[1]),
+        static=Latency.of(times[2]) if len(times) > 2 else None,
+        ratio=middle(times[0], times[1]),
+        static_ratio=middle(times[0], times[2]) if len(times) > 2 else None,
+        operators=operators,
+        batch=example.shape[0],
+        threads=threads,
+        runs=runs,
+        integer_kernels={k: kinds[k] for k in sorted(INTEGER & kinds.keys())},
+        float_kernels={k: kinds[k] for k in sorted(FLOAT & kinds.keys())},
     )
+
+
+def alternate(calls: Sequence[Callable[[], Any]], runs: int, warm: int = 3) -> list[list[float]]:
+    """Seconds of each call, `runs` times in turn; each is called `warm` times before."""
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(-warm, runs):
+        for log, call in zip(times, calls, strict=True):
+            start = time.perf_counter()
+            call()
+            if turn >= 0:
+                log.append(time.perf_counter() - start)
+    return times
+
+
+def middle(a: list[float], b: list[float]) -> float:
+    """Median of the ratios of neighbouring runs."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def session(
