@@ -232,3 +232,12 @@ def test_the_quick_start_trains_ships_and_verifies(bitwright, tmp_path):
     assert "epoch" not in out
     assert "verified" in out
     assert "holds a run already" in refused(bitwright("train", "--out", "run"))
+
+
+def test_report_is_one_page_about_the_runs_given(bitwright, trained, tmp_path):
+    code, out, err = bitwright("report", trained, trained, "-o", "page.html")
+    assert (code, out.strip()) == (0, "page.html"), err
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<h2>run</h2>") == 2
+    assert json.loads((trained / "summary.json").read_text())["versions"]["torch"] in page
+    assert "not a run" in refused(bitwright("report", tmp_path / "absent"))

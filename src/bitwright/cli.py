@@ -252,6 +252,18 @@ def sweep(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Folders of runs.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The page.")] = Path("report.html"),
+) -> None:
+    """One self-contained HTML page about one run or several side by side: results, curves, bits, recipes."""
+    from bitwright.report import write_report
+
+    write_report(runs, out)
+    print(out)
+
+
 def _costs(model: Any, dataset: Any, device: Any) -> Any:
     from bitwright.costs import cost_table
 
