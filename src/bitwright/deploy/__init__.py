@@ -2,7 +2,8 @@
 
 from bitwright.deploy.bench import BenchReport, bench
 from bitwright.deploy.comparison import VerifyReport
-from bitwright.deploy.export import ExportReport, export
+from bitwright.deploy.export import export
+from bitwright.deploy.files import ExportReport
 from bitwright.deploy.freeze import freeze, snap_biases
 from bitwright.deploy.verify import verify
 

@@ -102,7 +102,7 @@ class WeightRow:
 class VerifyReport:
     """What `verify` found.
 
-    layers: weights and inputs in the order of execution. images: how many were compared. clean_images: of these,
+    target: what kind of file it is. layers: weights and inputs in the order of execution. images: how many were compared. clean_images: of these,
     images whose codes agree everywhere in all three forms. different_frozen, different_file: images on which the
     predictions of the training form differ from the frozen form's and from the file's. logit_difference: largest
     absolute difference of logits between training form and file; clean_logit_difference: over clean images.
@@ -111,6 +111,7 @@ class VerifyReport:
 
     path: str
     layers: list[WeightRow | InputRow]
+    target: str = "onnx"
     images: int = 0
     clean_images: int = 0
     different_frozen: int = 0

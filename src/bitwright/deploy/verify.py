@@ -1,7 +1,7 @@
 """`verify`: is this file the network that was trained? Layer by layer, in the runtime as users run it."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,43 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.calibrate import batch_inputs, evaluating
-from bitwright.deploy.builder import container_zero
 from bitwright.deploy.comparison import InputRow, VerifyReport, WeightRow
 from bitwright.deploy.freeze import freeze
-from bitwright.deploy.integer import InputCodes, IntLayer, IntLinear
-from bitwright.deploy.probe import Probe, code_tensors, open_session, read, run_session
+from bitwright.deploy.integer import InputCodes, IntLayer
+from bitwright.deploy.targets import OPEN, target_of
+from bitwright.deploy.targets.opened import Network, Opened
 from bitwright.errors import BitwrightError
 from bitwright.prepare import quantizers
 
 
-def verify(
-    model: nn.Module,
-    path: str | Path,
-    batches: Iterable[Any],
-    *,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
-) -> VerifyReport:
-    """Compare the training form, the frozen integer form and the file in onnxruntime at default settings.
+def verify(model: nn.Module, path: str | Path, batches: Iterable[Any]) -> VerifyReport:
+    """Compare the training form, the frozen integer form and the file in its runtime at default settings.
 
-    Predictions come from the file as it is. Codes and weights come from a second session on a copy in memory whose
-    integer tensors are outputs as well.
+    The target is read off the file. Predictions come from the file as it is.
 
     Args:
         model: as it was exported; it is not changed.
         path: the file.
         batches: inputs, or (input, target) pairs; all are used.
-        providers: of onnxruntime.
 
     Raises:
-        BitwrightError: the file is missing, damaged, not written by `export`, or of a network with other layers;
-            there is no batch; or the model has no frozen form.
+        BitwrightError: the file is missing, damaged, not written by `export`, or of a network with other layers; its
+            runtime is missing; there is no batch; or the model has no frozen form.
     """
     path = Path(path)
     stream = (batch_inputs(b).cpu() for b in batches)
     first = next(stream, None)
     if first is None:
         raise BitwrightError("verify: no batch was given")
-    proto = read(path)
+    target = target_of(path)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model if device.type == "cpu" else copy.deepcopy(model).cpu()
     frozen = freeze(training, first)
@@ -53,30 +45,34 @@ def verify(
     with evaluating(training), torch.no_grad(), Recorder(training, frozen) as recorder:
         recorder.run(first[:1])
         calls = {name: len(codes) for name, codes in recorder.frozen.items()}
-        session = open_session(str(path), path, providers)
-        probe = Probe(proto, path, {n: layers[n] for n in recorder.order if n in layers}, calls, first[:1], providers)
-        rows = [
-            weight_row(layers[n], probe) if n in layers else InputRow(n, recorder.codes[n].bits) for n in recorder.order
-        ]
-        report = VerifyReport(str(path), rows)
+        executed = {n: layers[n] for n in recorder.order if n in layers}
+        file = OPEN[target](path, Network(training, frozen, first[:1], executed, calls, recorder.codes))
+        rows = [row for n in recorder.order if (row := first_row(n, layers, recorder, file)) is not None]
+        report = VerifyReport(str(path), rows, target)
         for x in (first, *stream):
             outputs = recorder.run(x)
-            logits = torch.from_numpy(run_session(session, path, None, x)[0])
-            clean = compare_codes(report, recorder, probe.run(x), x.shape[0])
+            logits, codes = file.run(x)
+            clean = compare_codes(report, recorder, codes, x.shape[0])
             compare_outputs(report, *outputs, logits, clean)
     return report
 
 
-def weight_row(layer: IntLayer, probe: Probe) -> WeightRow:
+def first_row(
+    name: str, layers: dict[str, IntLayer], recorder: "Recorder", file: Opened
+) -> WeightRow | InputRow | None:
+    """The row of a layer or a quantizer; None for a weight that the runtime does not show."""
+    if name not in layers:
+        return InputRow(name, recorder.codes[name].bits)
+    return weight_row(layers[name], file) if name in file.weights else None
+
+
+def weight_row(layer: IntLayer, file: Opened) -> WeightRow:
     """One layer's numbers against the file's, exactly."""
-    values = probe.constants[f"{layer.name}.weight"]
-    values = values.T if isinstance(layer, IntLinear) else values
-    wrong = count_different(layer.values, values)
+    wrong = count_different(layer.values, file.weights[layer.name])
     wrong_bias = 0
-    if layer.bias is not None:
-        bias = probe.bias(layer.name)
+    if layer.bias is not None and layer.name in file.biases:
         # An integer bias is dequantized with its own rounding; its integers agree if it is within half a step.
-        wrong_bias = count_different(layer.bias, bias.reshape(-1), 1e-6)
+        wrong_bias = count_different(layer.bias, file.biases[layer.name], 1e-6)
     return WeightRow(layer.name, layer.bits, layer.values.numel(), wrong, wrong_bias)
 
 
@@ -155,18 +151,17 @@ def per_image(codes: Tensor, images: int) -> Tensor:
     return codes.reshape(images, -1) if codes.shape[0] % images == 0 else codes.reshape(1, -1).expand(images, -1)
 
 
-def compare_codes(report: VerifyReport, recorder: Recorder, file: dict[str, Tensor], images: int) -> Tensor:
+def compare_codes(report: VerifyReport, recorder: Recorder, file: dict[str, list[Tensor]], images: int) -> Tensor:
     """Add one batch to every input row; returns which images agree everywhere, (images,) bool."""
     clean_frozen = clean_file = torch.ones(images, dtype=torch.bool)
     for row in report.layers:
         if not isinstance(row, InputRow):
             continue
-        base = container_zero(recorder.codes[row.name])
         ours, trained = recorder.frozen[row.name], recorder.training[row.name]
-        for name, a, b in zip(code_tensors({row.name: len(ours)}), trained, ours, strict=True):
-            frozen = per_image(b, images)
-            clean_frozen = row.frozen.add(per_image(a, images), frozen, clean_frozen)
-            clean_file = row.file.add(frozen, per_image(file[name] - base, images), clean_file)
+        for a, b in zip(trained, ours, strict=True):
+            clean_frozen = row.frozen.add(per_image(a, images), per_image(b, images), clean_frozen)
+        for b, c in zip(ours, file.get(row.name, ours), strict=True):
+            clean_file = row.file.add(per_image(b, images), per_image(c, images), clean_file)
     return clean_frozen & clean_file
 
 

@@ -1,0 +1,113 @@
+"""Target `onnx`: standard ONNX for onnxruntime; keeps everything that the integer form has."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from bitwright.deploy.builder import container_zero
+from bitwright.deploy.capture import first_line, quiet_export
+from bitwright.deploy.files import ExportReport, replacing
+from bitwright.deploy.freeze import freeze
+from bitwright.deploy.integer import InputCodes, IntLayer, IntLinear
+from bitwright.deploy.lower import LayerFile, lower
+from bitwright.deploy.packing import OPSET
+from bitwright.deploy.probe import Probe, code_tensors, open_session, read, run_session
+from bitwright.deploy.targets.opened import Network
+from bitwright.errors import BitwrightError
+
+
+def placeholder_graph(frozen: nn.Module, example: Tensor) -> onnx.ModelProto:
+    """The frozen form as torch exports it, one node of our own domain per layer and per lone quantizer."""
+    parts = [m for m in frozen.modules() if isinstance(m, InputCodes | IntLayer)]
+    # A batch of one would be taken for a constant by torch.export.
+    rows = torch.cat([example, example]) if example.shape[0] == 1 else example
+    for part in parts:
+        part.placeholder = True
+    try:
+        with quiet_export(), torch.no_grad():
+            program = torch.onnx.export(
+                frozen,
+                (rows,),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim.AUTO},),
+                input_names=["input"],
+                output_names=["logits"],
+                verbose=False,
+            )
+    except Exception as error:
+        reason = first_line(error.__cause__ or error)
+        raise BitwrightError(f"{type(frozen).__name__}: torch.onnx.export failed: {reason}") from error
+    finally:
+        for part in parts:
+            part.placeholder = False
+    assert program is not None
+    model = program.model_proto
+    if len(model.graph.input) != 1 or len(model.graph.output) != 1:
+        raise BitwrightError(
+            f"{type(frozen).__name__} has {len(model.graph.input)} inputs and {len(model.graph.output)} outputs; "
+            "export takes models of one tensor in and one out"
+        )
+    return model
+
+
+def to_onnx(frozen: nn.Module, example: Tensor) -> tuple[onnx.ModelProto, list[LayerFile]]:
+    """The frozen form as an ONNX model, and how each weight is stored in it."""
+    return lower(placeholder_graph(frozen, example), frozen)
+
+
+def report(path: Path, size: int, proto: onnx.ModelProto, layers: list[LayerFile], target: str) -> ExportReport:
+    """The report of a file that holds `proto`."""
+    packed = sum(layer.size_bytes for layer in layers if layer.packing != "float32")
+    dynamic = bool(proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param)
+    return ExportReport(path, size, packed, dynamic, tuple(layers), target)
+
+
+def write(proto: onnx.ModelProto, path: Path, example: Tensor) -> int:
+    """Write, check, open, run, then move to `path`; returns the size in bytes."""
+    with replacing(path) as new:
+        new.write_bytes(proto.SerializeToString())
+        onnx.checker.check_model(str(new), full_check=True)
+        session = onnxruntime.InferenceSession(str(new), providers=["CPUExecutionProvider"])
+        session.run(None, {"input": example.numpy()})
+        return new.stat().st_size
+
+
+def export_onnx(model: nn.Module, path: Path, example: Tensor) -> ExportReport:
+    """Write the file; see `bitwright.deploy.export`."""
+    proto, layers = to_onnx(freeze(model, example), example.cpu())
+    return report(path, write(proto, path, example.cpu()), proto, layers, "onnx")
+
+
+def frozen_layout(layer: IntLayer, values: Tensor) -> Tensor:
+    """A weight as the file holds it, (in, out) for a linear layer, as the layer holds it."""
+    return values.T if isinstance(layer, IntLinear) else values
+
+
+class OnnxFile:
+    """The file in onnxruntime at default settings: predictions from the file as it is, codes and weights from a
+    second session on a copy in memory whose integer tensors are outputs as well.
+    """
+
+    def __init__(self, path: Path, network: Network, providers: Sequence[str] = ("CPUExecutionProvider",)):
+        proto = read(path)
+        self.path, self.network = path, network
+        self.session = open_session(str(path), path, providers)
+        self.probe = Probe(proto, path, network.layers, network.calls, network.example, providers)
+        self.weights, self.biases = {}, {}
+        for name, layer in network.layers.items():
+            self.weights[name] = frozen_layout(layer, self.probe.constants[f"{name}.weight"])
+            if layer.bias is not None:
+                self.biases[name] = self.probe.bias(name).reshape(-1)
+
+    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        logits = torch.from_numpy(run_session(self.session, self.path, None, x)[0])
+        found, codes = self.probe.run(x), self.network.codes
+        return logits, {
+            name: [found[tensor] - container_zero(codes[name]) for tensor in code_tensors({name: count})]
+            for name, count in self.network.calls.items()
+        }

@@ -1,0 +1,39 @@
+"""What `verify` needs of a target: the network to compare with, and the file in its runtime."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from bitwright.deploy.integer import InputCodes, IntLayer
+
+
+@dataclass(frozen=True)
+class Network:
+    """The network that a file should be.
+
+    training: the model as trained. frozen: its integer form. example: one image. layers: weight layers of the frozen
+    form, by name, as it executes them. calls: how often each input quantizer runs. codes: those quantizers.
+    """
+
+    training: nn.Module
+    frozen: nn.Module
+    example: Tensor
+    layers: dict[str, IntLayer]
+    calls: dict[str, int]
+    codes: dict[str, InputCodes]
+
+
+class Opened(Protocol):
+    """A file in its runtime at default settings.
+
+    weights, biases: by layer, float32, as the runtime holds them and in the layout of the frozen form; a target
+    leaves out what its runtime does not show.
+    """
+
+    weights: dict[str, Tensor]
+    biases: dict[str, Tensor]
+
+    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """(logits, codes by quantizer and call; quantizers whose codes cannot be seen are left out)."""
+        ...
