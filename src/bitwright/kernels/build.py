@@ -1,4 +1,4 @@
-"""Compile `fused.c` once per machine and load it; None where there is no compiler."""
+"""Compile C sources once per machine and load them; training does without where there is no compiler."""
 
 import ctypes
 import functools
@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from bitwright.cache import cache_folder
@@ -19,18 +20,19 @@ FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shar
 logger = logging.getLogger("bitwright")
 
 
-def machine_key() -> str:
-    """What a compiled file is valid for: source, flags and this processor's features."""
+def machine_key(sources: Sequence[Path], flags: Sequence[str]) -> str:
+    """What a compiled file is valid for: sources, flags and this processor's features."""
     features = platform.machine() + platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features += next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         pass
-    return hashlib.sha256((SOURCE.read_text() + " ".join(FLAGS) + features).encode()).hexdigest()[:16]
+    texts = "".join(source.read_text() for source in sources)
+    return hashlib.sha256((texts + " ".join(flags) + features).encode()).hexdigest()[:16]
 
 
-def compile_to(target: Path) -> str | None:
+def compile_to(target: Path, source: Path, flags: Sequence[str]) -> str | None:
     """Compile into `target` atomically; the reason why not, or None on success."""
     compiler = os.environ.get("CC", "cc")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +41,7 @@ def compile_to(target: Path) -> str | None:
         reason = "no attempt"
         # A compiler without OpenMP still gives the single-threaded kernel.
         for openmp in (["-fopenmp"], []):
-            command = [compiler, *FLAGS, *openmp, "-o", str(made), str(SOURCE), "-lm"]
+            command = [compiler, *flags, *openmp, "-o", str(made), str(source), "-lm"]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             except (OSError, subprocess.TimeoutExpired) as error:
@@ -51,6 +53,16 @@ def compile_to(target: Path) -> str | None:
         return reason
 
 
+def load(name: str, sources: Sequence[Path], flags: Sequence[str]) -> ctypes.CDLL | str:
+    """The library compiled from `sources[0]`, which may include the others; else why there is none, in one line."""
+    try:
+        path = cache_folder() / f"{name}-{machine_key(sources, flags)}.so"
+        reason = None if path.exists() else compile_to(path, sources[0], flags)
+        return ctypes.CDLL(str(path)) if reason is None else reason
+    except OSError as error:
+        return str(error)
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, built on first use; None where they cannot be built (said once, in the log).
@@ -59,12 +71,8 @@ def library() -> ctypes.CDLL | None:
     """
     if os.environ.get("BITWRIGHT_KERNELS", "") == "reference":
         return None
-    try:
-        path = cache_folder() / f"fused-{machine_key()}.so"
-        reason = None if path.exists() else compile_to(path)
-        if reason is None:
-            return ctypes.CDLL(str(path))
-    except OSError as error:
-        reason = str(error)
-    logger.warning("fused kernels are off, training is slower but the same: %s", reason)
+    found = load("fused", [SOURCE], FLAGS)
+    if isinstance(found, ctypes.CDLL):
+        return found
+    logger.warning("fused kernels are off, training is slower but the same: %s", found)
     return None

@@ -1,0 +1,1 @@
+"""A native CPU runtime for exported integer networks, with exact integer Winograd convolutions."""
