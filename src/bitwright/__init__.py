@@ -11,9 +11,10 @@ from bitwright.quantizer import Quantizer
 from bitwright.rules import Rule, rules
 from bitwright.spec import QuantizerSpec
 from bitwright.step import Step, StepResult
+from bitwright.topology import topology
 
 if TYPE_CHECKING:
-    from bitwright.deploy import export, freeze, snap_biases, verify
+    from bitwright.deploy import export, freeze, load_packed, snap_biases, verify
 
 __version__ = "0.1.0"
 
@@ -37,16 +38,18 @@ __all__ = [
     "describe",
     "export",
     "freeze",
+    "load_packed",
     "prepare",
     "quant_layers",
     "quantizers",
     "rules",
     "snap_biases",
     "split_parameters",
+    "topology",
     "verify",
 ]
 
-_DEPLOY = ("export", "freeze", "snap_biases", "verify")
+_DEPLOY = ("export", "freeze", "load_packed", "snap_biases", "verify")
 
 
 def __getattr__(name: str) -> Any:

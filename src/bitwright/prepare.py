@@ -2,11 +2,23 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from torch import nn
+from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
-from bitwright.layers import QuantLayer, is_quantized, swap, target_class, unswap
+from bitwright.grids import Shape
+from bitwright.layers import (
+    OUTPUT,
+    QuantLayer,
+    attach_output,
+    detach_output,
+    has_output,
+    is_quantized,
+    swap,
+    target_class,
+    unswap,
+)
 from bitwright.quantizer import Quantizer
 from bitwright.rules import Rule, resolve, slot_field, weight_layers
 from bitwright.spec import QuantizerSpec
@@ -28,7 +40,7 @@ def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
     """
     if isinstance(rules, str | Rule):
         raise BitwrightError(f"rules: a list of rules is expected, not {rules!r}; bitwright.rules('w4a4') makes one")
-    if any(is_quantized(m) for m in model.modules()):
+    if any(is_quantized(m) or has_output(m) for m in model.modules()):
         raise BitwrightError("the model is prepared already; prepare a fresh float model, or change bits by set_bits")
     wanted = resolve(model, list(rules))
     if not wanted:
@@ -37,19 +49,44 @@ def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
     first = next(iter(weight_layers(model)), None)
     try:
         for name, fields in wanted.items():
-            add_quantizers(swap(model.get_submodule(name), name), name, fields, is_first=name == first)
+            module = model.get_submodule(name)
+            output = fields.pop("output", None)
+            if fields:
+                add_quantizers(swap(module, name), name, fields, is_first=name == first)
+            if output is not None:
+                attach_output(module, output_quantizer(module, name, output, model))
         for name, module in model.named_modules():
             target = target_class(module)
             if target and any(is_quantized(module.get_submodule(child)) for child in target.reads):
                 swap(module, name)
     except BitwrightError:
         for module, original in originals.items():
+            detach_output(module)
             if type(module) is not original:
                 unswap(module, original)
         raise
     for module in model.modules():
         disable_fast_path(module)
     return model
+
+
+def output_quantizer(module: nn.Module, name: str, spec: QuantizerSpec, model: nn.Module) -> Quantizer:
+    """A quantizer for the output of `module` inside `model`, not yet attached."""
+    if spec.per_channel:
+        raise BitwrightError(f"{name}: runtimes take one scale per output tensor; use per_channel: false")
+    try:
+        quantizer = Quantizer(spec, Shape("input"))
+    except BitwrightError as error:
+        raise BitwrightError(f"{name}: {error}") from None
+    like = next(chain(module.parameters(), model.parameters()), None)
+    return at_home(quantizer, f"{name}.{OUTPUT}", module.training, like)
+
+
+def at_home(quantizer: Quantizer, name: str, training: bool, like: Tensor | None) -> Quantizer:
+    """`quantizer` with its name and mode, and the device and precision of `like`."""
+    quantizer.name = name
+    quantizer.train(training)
+    return quantizer if like is None else quantizer.to(like.device, like.dtype)
 
 
 def add_quantizers(layer: QuantLayer, name: str, fields: dict[str, QuantizerSpec], is_first: bool) -> None:
@@ -65,9 +102,7 @@ def add_quantizers(layer: QuantLayer, name: str, fields: dict[str, QuantizerSpec
             raise BitwrightError(f"{name}: {error}") from None
         if is_first and slot == "input_quantizer" and spec.learn is None:
             quantizer.set_learned(False)
-        quantizer.name = f"{name}.{slot}" if name else slot
-        quantizer.train(layer.training)
-        setattr(layer, slot, quantizer if like is None else quantizer.to(like.device, like.dtype))
+        setattr(layer, slot, at_home(quantizer, f"{name}.{slot}" if name else slot, layer.training, like))
 
 
 def disable_fast_path(module: nn.Module) -> None:
@@ -114,23 +149,23 @@ class QuantizerRow:
 
 
 def describe(model: nn.Module) -> list[QuantizerRow]:
-    """One row per quantizer: name, layer class, grid, estimator, bits, signedness, scales, state."""
+    """One row per quantizer: name, class of its module, grid, estimator, bits, signedness, scales, state."""
     rows = []
-    for layer in quant_layers(model).values():
-        for quantizer in layer.quantizers().values():
-            rows.append(
-                QuantizerRow(
-                    quantizer.name,
-                    type(layer).__name__.removeprefix("Quant"),
-                    quantizer.spec.grid,
-                    quantizer.spec.estimator,
-                    int(quantizer.bits.item()),
-                    bool(quantizer.signed.item()),
-                    quantizer.shape.channels,
-                    bool(quantizer.calibrated.item()),
-                    any(p.requires_grad for p in quantizer.grid.parameters()),
-                )
+    for name, quantizer in quantizers(model).items():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        rows.append(
+            QuantizerRow(
+                quantizer.name,
+                type(layer).__name__.removeprefix("Quant"),
+                quantizer.spec.grid,
+                quantizer.spec.estimator,
+                int(quantizer.bits.item()),
+                bool(quantizer.signed.item()),
+                quantizer.shape.channels,
+                bool(quantizer.calibrated.item()),
+                any(p.requires_grad for p in quantizer.grid.parameters()),
             )
+        )
     return rows
 
 

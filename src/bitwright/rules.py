@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
 from bitwright.errors import BitwrightError
-from bitwright.layers import Add, candidates, target_class, why_not
+from bitwright.layers import Add, candidates, takes_output, target_class, why_not
 from bitwright.layers.attention import PRODUCT_SLOTS
 from bitwright.spec import OneLineErrors, QuantizerSpec
 
@@ -26,6 +26,8 @@ class Rule(BaseModel, metaclass=OneLineErrors):
         input: quantizer of layer inputs (embeddings have none).
         attention: quantizer of the four operands of attention products.
         residual: quantizer of both operands of `bitwright.layers.Add`.
+        output: quantizer of the module's output, for any module but containers (`bitwright.topology` makes such
+            rules); patterns then range over all modules.
 
     Raises:
         BitwrightError: a key or a value is not accepted (one line).
@@ -38,6 +40,7 @@ class Rule(BaseModel, metaclass=OneLineErrors):
     input: QuantizerSpec | None = None
     attention: QuantizerSpec | None = None
     residual: QuantizerSpec | None = None
+    output: QuantizerSpec | None = None
 
     @field_validator("match", mode="before")
     @classmethod
@@ -116,27 +119,32 @@ def fields_of(module: nn.Module) -> set[str]:
 
 
 def resolve(model: nn.Module, rules: list[Rule]) -> dict[str, dict[str, QuantizerSpec]]:
-    """What every layer gets: {layer name: {rule field: spec}}; layers that stay float are absent.
+    """What every module gets: {name: {rule field: spec}}; those that stay float are absent.
 
     Raises:
-        BitwrightError: a pattern names no layer that could be quantized.
+        BitwrightError: a pattern names no module that could be quantized.
     """
     layers = candidates(model)
+    outputs = {n: m for n, m in model.named_modules() if n and takes_output(m)}
     ordered = weight_layers(model)
     ends = {"first": ordered[0], "last": ordered[-1]} if ordered else {}
-    found: dict[str, dict[str, QuantizerSpec | None]] = {name: {} for name in layers}
+    found: dict[str, dict[str, QuantizerSpec | None]] = {name: {} for name in (*layers, *outputs)}
     for index, rule in enumerate(rules):
+        said = rule.model_fields_set - {"match"}
         for pattern in rule.match:
-            hit = [n for n, m in layers.items() if matches(pattern, n, m, ends)]
-            if not hit:
-                raise BitwrightError(no_match(index, pattern, model, list(layers)))
+            hit = [n for n, m in layers.items() if matches(pattern, n, m, ends)] if said != {"output"} else []
+            behind = [n for n, m in outputs.items() if matches(pattern, n, m, ends)] if "output" in said else []
+            if not hit and not behind:
+                raise BitwrightError(no_match(index, pattern, model, list(outputs if said == {"output"} else layers)))
             for name in hit:
-                for field in rule.model_fields_set - {"match"}:
+                for field in said - {"output"}:
                     found[name][field] = getattr(rule, field)
+            for name in behind:
+                found[name]["output"] = rule.output
     return {
         name: kept
         for name, fields in found.items()
-        if (kept := {f: s for f, s in fields.items() if s is not None and f in fields_of(layers[name])})
+        if (kept := {f: s for f, s in fields.items() if s and (f == "output" or f in fields_of(layers[name]))})
     }
 
 
@@ -146,6 +154,8 @@ def no_match(index: int, pattern: str, model: nn.Module, layers: list[str]) -> s
         module = model.get_submodule(pattern)
         inside = any(name.startswith(pattern + ".") for name in layers)
         hint = f"for the layers inside it write {pattern + '.*'!r}" if inside else why_not(module)
+        if not takes_output(module) and not inside:
+            hint = "a container's output is that of its last child; name that"
         return f"rules[{index}].match: {pattern!r} is a {type(module).__name__}; {hint}"
     close = difflib.get_close_matches(pattern, layers, n=3)
     hint = f"did you mean {', '.join(close)}?" if close else f"layers are {', '.join(layers[:6])} ..."

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from bitwright.deploy.integer import symbol
 from bitwright.errors import BitwrightError
-from bitwright.layers import QuantConv1d, QuantConv2d, QuantLinear
+from bitwright.layers import QuantConv1d, QuantConv2d, QuantLinear, attach_output, has_output
 from bitwright.prepare import quant_layers, quantizers, set_bypass
 
 ATEN = torch.ops.aten
@@ -55,8 +55,8 @@ def first_line(error: BaseException) -> str:
 class Surroundings:
     """What follows a convolution or linear layer.
 
-    norm: name of the BatchNorm that alone reads its output, or None. readers: names of the input quantizers that
-    read its output as it is, or behind the norm and operators that runtimes see through (`PASSED`).
+    norm: name of the BatchNorm that alone reads its output, or None. readers: names of the quantizers that read its
+    output as it is, or behind the norm and operators that runtimes see through (`PASSED`).
     """
 
     norm: str | None
@@ -64,7 +64,7 @@ class Surroundings:
 
 
 class Mark(nn.Module):
-    """Stands for an input quantizer in the captured graph."""
+    """Stands for a quantizer of an input or output in the captured graph."""
 
     def forward(self, x: Tensor) -> Tensor:
         return symbol("Quantize", x, x.shape, x.dtype, {})
@@ -83,13 +83,16 @@ def without_norm(module: Any) -> nn.Module:
 
 
 def marked(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose weights are float and whose input quantizers are marks."""
+    """A copy in evaluation mode whose weights are float and whose other quantizers are marks."""
     twin = copy.deepcopy(model).eval()
     set_bypass(quantizers(twin).values(), True)
     for layer in quant_layers(twin).values():
         for slot in layer.input_slots:
             if getattr(layer, slot, None) is not None:
                 setattr(layer, slot, Mark())
+    for module in list(twin.modules()):
+        if has_output(module):
+            attach_output(module, Mark())
     return twin
 
 
@@ -157,7 +160,7 @@ def norm_of(node: fx.Node, buffers: Mapping[str, str]) -> str | None:
 
 
 def readers(node: fx.Node, modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Names of the input quantizers that read `node`, also behind operators that runtimes see through."""
+    """Names of the quantizers that read `node`, also behind operators that runtimes see through."""
     for user in node.users:
         if isinstance(modules.get(owner_of(user)), Mark):
             yield owner_of(user)

@@ -26,9 +26,11 @@ from bitwright.deploy.integer import (
     IntEmbedding,
     IntLayer,
     IntLinear,
+    OutputCodes,
 )
 from bitwright.errors import BitwrightError
 from bitwright.layers import (
+    OUTPUT,
     QuantAdd,
     QuantConv1d,
     QuantConv2d,
@@ -37,6 +39,7 @@ from bitwright.layers import (
     QuantLayer,
     QuantLinear,
     QuantMultiheadAttention,
+    attach_output,
 )
 from bitwright.layers.attention import PRODUCT_SLOTS, QuantAttentionBase
 from bitwright.prepare import quant_layers, quantizers
@@ -67,6 +70,14 @@ def freeze(model: nn.Module, example: Tensor) -> nn.Module:
         replaced[id(layer)] = frozen_layer(layer, name, plan)
         if plan.norm is not None:
             replaced[id(plan.norm)] = without_norm(plan.norm)
+    for name, module in twin.named_modules():
+        codes = input_codes(module, OUTPUT, name)
+        if codes is not None:
+            target = replaced.get(id(module), module)
+            if isinstance(target, nn.Sequential):  # what is left of a norm with an activation
+                target.append(OutputCodes(codes))
+            else:
+                attach_output(target, OutputCodes(codes))
     # A replacement can hold layers of its own (an attention's projections), so it is visited as well.
     holder = nn.ModuleList([twin])
     pending: list[nn.Module] = [holder]
@@ -125,7 +136,7 @@ def layer_plans(model: nn.Module, example: Tensor) -> dict[str, Plan]:
 
 
 def input_codes(layer: nn.Module, slot: str, name: str) -> InputCodes | None:
-    """The integer form of the input quantizer in `slot`, or None."""
+    """The integer form of the input or output quantizer in `slot`, or None."""
     quantizer = getattr(layer, slot, None)
     if not isinstance(quantizer, Quantizer):
         return None

@@ -103,6 +103,17 @@ def times(x: Tensor, factor: Tensor | float) -> Tensor:
     return x * factor if isinstance(factor, Tensor) else x
 
 
+class OutputCodes(nn.Module):
+    """The integer form of an output quantizer: `forward` gives the values of its codes, the dtype of `x`."""
+
+    def __init__(self, codes: InputCodes):
+        super().__init__()
+        self.codes = codes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return times(*self.codes.operand(x)).to(x.dtype)
+
+
 class IntLayer(nn.Module):
     """What deployed weight layers share.
 

@@ -200,9 +200,11 @@ def lower(model: onnx.ModelProto, frozen: nn.Module) -> tuple[onnx.ModelProto, l
             del clean.metadata_props[:]
             clean.doc_string = clean.name = ""
             work.nodes.append(clean)
-    kept = [strip(t) for t in model.graph.initializer]
+    nodes = [n for n in work.nodes if n.output[0] not in work.absorbed]
+    read = {name for node in nodes for name in node.input}
+    kept = [strip(t) for t in model.graph.initializer if t.name in read]
     graph = helper.make_graph(
-        [n for n in work.nodes if n.output[0] not in work.absorbed],
+        nodes,
         "network",
         [bare(v) for v in model.graph.input],
         [bare(v) for v in model.graph.output],

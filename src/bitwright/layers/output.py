@@ -1,0 +1,54 @@
+"""Output quantizers: any module's output on a grid, by a forward hook."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.errors import BitwrightError
+
+OUTPUT = "output_quantizer"
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def quantize_output(module: nn.Module, args: Any, output: Any) -> Tensor:
+    """The forward hook of every module with an output quantizer.
+
+    One function for all: copies, pickles, compilers and exporters find it by name, and the quantizer as a child.
+    """
+    del args
+    if not isinstance(output, Tensor):
+        raise BitwrightError(
+            f"the output of a {type(module).__name__} is a {type(output).__name__}; "
+            "only single tensors have an output quantizer"
+        )
+    quantized = module.get_submodule(OUTPUT)(output)
+    if not torch.compiler.is_compiling():
+        # Models add to it in place, after which it is no longer what the quantizer made.
+        quantized.__dict__.pop("bitwright_source", None)
+    return quantized
+
+
+def attach_output(module: nn.Module, quantizer: nn.Module) -> None:
+    """Give `module` an output quantizer, or replace the one it has."""
+    if not has_output(module):
+        module.register_forward_hook(quantize_output)
+    module.add_module(OUTPUT, quantizer)
+
+
+def detach_output(module: nn.Module) -> None:
+    """Undo `attach_output`; of no effect on a module without an output quantizer."""
+    for key, hook in list(module._forward_hooks.items()):
+        if hook is quantize_output:
+            del module._forward_hooks[key]
+    module._modules.pop(OUTPUT, None)
+
+
+def takes_output(module: nn.Module) -> bool:
+    """Whether `module` may have an output quantizer; containers run whatever child they have."""
+    return not isinstance(module, CONTAINERS)
+
+
+def has_output(module: nn.Module) -> bool:
+    """Whether `module` has an output quantizer."""
+    return module._modules.get(OUTPUT) is not None
