@@ -7,6 +7,7 @@ from bitwright.estimators import ClippedSTE, make_estimator
 from bitwright.estimators.pege import PEGE
 from bitwright.grids import Shape
 from bitwright.kernels import reference_only
+from bitwright.kernels.reference import random_mask
 from bitwright.quantizer import Quantizer
 
 LO, HI = torch.tensor([-2.0], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
@@ -56,6 +57,20 @@ def test_the_replaced_share_is_the_rate_within_binomial_bounds(rate):
     assert abs(replaced.double().mean().item() - rate) < 5 * (rate * (1 - rate) / n) ** 0.5
 
 
+def test_the_mask_is_white():
+    """Neither neighbours, nor lags, nor the bits of consecutive seeds show in the mask."""
+    n, like, rate = 1 << 18, torch.empty(1 << 18), torch.tensor([0.5])
+    masks = [random_mask(like, rate, torch.tensor([s])).double() * 2 - 1 for s in (5, 6, 5 + 2**32, 2**61)]
+    for i, a in enumerate(masks):
+        for lag in (1, 2, 16, 256, 1024, 65536):
+            assert abs((a * a.roll(lag)).mean().item()) < 5 / n**0.5
+        for b in masks[:i]:
+            assert abs((a * b).mean().item()) < 5 / n**0.5
+        spectrum = torch.fft.rfft(a)[1:].abs().square() / n  # exponential with mean 1 for white noise
+        assert spectrum.max().item() < 25
+        assert abs(spectrum.mean().item() - 1) < 0.02
+
+
 def test_every_forward_pass_draws_a_new_mask_and_a_seed_repeats_it():
     v, estimator = values(), PEGE(rate=0.5)
     torch.manual_seed(0)
@@ -92,9 +107,8 @@ def test_the_gradient_is_that_of_loss_plus_half_u_squared_error(form, variant, r
     k, got = estimate(PEGE(form, strength, variant, rate=rate), v)
 
     leaf = v.clone().requires_grad_()
-    torch.manual_seed(3)
-    mask = (torch.rand(v.shape) < rate).double()
     c = leaf.clamp(LO, HI)
+    mask = (k == c.detach().round()).double()
     mixed = c + mask * (c.round() - c).detach()
     x, x_q = (c - LO) / WIDTH, ((c.round() - LO) / WIDTH).detach()
     code_gradient = torch.autograd.grad(task(mixed), mixed, retain_graph=True)[0]

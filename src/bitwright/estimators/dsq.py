@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
 from bitwright.estimators.ste import round_clipped
+from bitwright.kernels import KernelRule
 
 
 def dsq_slope(v: Tensor, alpha: float) -> Tensor:
@@ -29,11 +30,19 @@ class DSQ(nn.Module):
             Default 0.2, where public code starts it; it is a constant here, not learned.
     """
 
+    characteristic: Tensor
+
     def __init__(self, alpha: float = 0.2):
         super().__init__()
         if not 0.0 < alpha < 1.0:
             raise BitwrightError(f"estimator_options.alpha of 'dsq': {alpha} is not accepted; use 0 < alpha < 1")
         self.alpha = alpha
+        self.register_buffer("characteristic", torch.full((1,), float(alpha)), persistent=False)
+
+    @property
+    def kernel_rule(self) -> KernelRule:
+        """This estimator in the fused kernels' terms."""
+        return KernelRule("dsq", self.characteristic)
 
     def forward(self, v: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
         k, c = round_clipped(v, lo, hi)

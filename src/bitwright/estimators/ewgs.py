@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
 from bitwright.estimators.ste import round_clipped
+from bitwright.kernels import KernelRule
 
 
 def ewgs_gradient(g: Tensor, error: Tensor, delta: Tensor) -> Tensor:
@@ -22,13 +23,17 @@ class EWGS(nn.Module):
     """
 
     delta: Tensor
-    kernel_rule = "ewgs"
 
     def __init__(self, delta: float = 1e-3):
         super().__init__()
         if not delta >= 0:
             raise BitwrightError(f"estimator_options.delta of 'ewgs': {delta} is not accepted; use a number >= 0")
         self.register_buffer("delta", torch.full((1,), float(delta)))
+
+    @property
+    def kernel_rule(self) -> KernelRule:
+        """This estimator in the fused kernels' terms."""
+        return KernelRule("ewgs", self.delta)
 
     def forward(self, v: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
         k, c = round_clipped(v, lo, hi)

@@ -10,17 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
+from bitwright.kernels import KernelRule
+from bitwright.kernels.reference import draw_seed, random_mask
 
 Form = Literal["scalar", "elementwise", "constant"]
 FORMS = ("scalar", "elementwise", "constant")
 VARIANTS = ("everywhere", "replaced")
 REPLACEMENTS = ("random", "ranked")
-
-
-def random_mask(error: Tensor, rate: Tensor) -> Tensor:
-    """Bernoulli(rate) per element, bool, from torch's global generator (so `torch.manual_seed` decides)."""
-    # In float32 whatever the tensor's dtype is: bfloat16 has 256 distinct uniforms, and rates would be rounded.
-    return torch.rand(error.shape, device=error.device) < rate
 
 
 def ranked_mask(error: Tensor, rate: Tensor) -> Tensor:
@@ -60,7 +56,8 @@ class PEGE(nn.Module):
         form, strength: the additional gradient, see `pege_gradient`. Default scale-free, d = 0.01: a fixed u (the
             precursor code's 1e-8 ... 1e-6) fits one loss, batch and tensor size only.
         variant: "everywhere" (default): x - x_q of every element in range; "replaced": of masked elements only.
-        replacement: "random" (default): Bernoulli per element, fresh in each forward pass. "ranked": the
+        replacement: "random" (default): Bernoulli per element, fresh in each forward pass: a counter-based generator
+            whose seed is one number of torch's global generator (so `torch.manual_seed` decides). "ranked": the
             elements nearest to their codes first; exact and deterministic, but sorts every tensor.
         rate: initial share of replaced elements, 0 to 1. Default 1; `PEGECurriculum` moves it.
 
@@ -103,12 +100,24 @@ class PEGE(nn.Module):
         self.register_buffer("rate", torch.full((1,), float(rate)))
         self.register_buffer("strength", torch.full((1,), float(strength)))
 
+    @property
+    def kernel_rule(self) -> KernelRule | None:
+        """This estimator in the fused kernels' terms, which have no ranked mask."""
+        if self.training and self.replacement == "ranked":
+            return None
+        name = "ewgs" if self.form == "elementwise" else self.form
+        rate = self.rate if self.training else None
+        return KernelRule(name, self.strength, rate, self.variant == "replaced")
+
     def forward(self, v: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
         c = v.clamp(lo, hi)
         move = (c.round() - c).detach()  # 0 where v is clipped, because lo and hi are integers
         replaced = move
         if self.training:
-            mask = (random_mask if self.replacement == "random" else ranked_mask)(move, self.rate)
+            if self.replacement == "random":
+                mask = random_mask(move, self.rate, draw_seed(move.device))
+            else:
+                mask = ranked_mask(move, self.rate)
             replaced = torch.where(mask, move, torch.zeros_like(move))
         k = c + replaced
         if k.requires_grad:

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from bitwright.kernels import KernelRule
+
 
 def round_clipped(v: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     """`(k, c)`: the codes with a straight-through gradient inside [lo, hi], and the clipped values.
@@ -16,7 +18,7 @@ def round_clipped(v: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
 class ClippedSTE(nn.Module):
     """dk/dv = 1 for lo <= v <= hi, 0 outside: the estimator of LSQ, PACT and DoReFa."""
 
-    kernel_rule = "clipped_ste"
+    kernel_rule = KernelRule("clipped_ste")
 
     def forward(self, v: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
         return round_clipped(v, lo, hi)[0]
@@ -29,7 +31,7 @@ class STE(nn.Module):
     """
 
     through_clip = True
-    kernel_rule = "ste"
+    kernel_rule = KernelRule("ste")
 
     def forward(self, v: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
         return round_clipped(v, lo, hi)[0]

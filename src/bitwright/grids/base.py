@@ -8,9 +8,6 @@ from torch import Tensor, nn
 
 from bitwright.spec import Role
 
-# Added to |scale|: keeps every scale positive whatever an optimizer does, without changing any usual float.
-EPS = 1e-12
-
 
 class CodeRange(NamedTuple):
     """The integer codes of one bit-width.
@@ -50,14 +47,6 @@ class Shape:
     axis: int = 0
     numel: int = 0
     linear: bool = False
-
-    def broadcast(self, t: Tensor, ndim: int) -> Tensor:
-        """A per-channel vector of shape (channels,) viewed so that it meets a tensor of `ndim` axes."""
-        if self.channels == 1:
-            return t
-        view = [1] * ndim
-        view[self.axis] = -1
-        return t.view(view)
 
 
 def as_float(x: Tensor) -> Tensor:
@@ -108,12 +97,6 @@ def positive(statistic: Tensor) -> Tensor:
     good = statistic > 0
     substitute = statistic[good].mean() if bool(good.any()) else statistic.new_ones(())
     return torch.where(good, statistic, substitute)
-
-
-def scale_gradient(scale: Tensor, factor: Tensor) -> Tensor:
-    """The same values to the last bit, with the gradient multiplied by `factor`."""
-    frozen = scale.detach()
-    return (scale - frozen) * factor + frozen
 
 
 class Grid(nn.Module):

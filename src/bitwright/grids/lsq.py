@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
 from bitwright.grids.base import (
-    EPS,
     Affine,
     CodeRange,
     Grid,
@@ -16,9 +15,8 @@ from bitwright.grids.base import (
     Stats,
     make_affine,
     positive,
-    scale_gradient,
 )
-from bitwright.kernels import fake_quantize
+from bitwright.kernels import EPS, fake_quantize
 
 
 def lsq_initial_scale(mean_abs: Tensor, codes: CodeRange) -> Tensor:
@@ -46,13 +44,13 @@ def mse_scale(sample: Tensor, codes: CodeRange, candidates: int = 80) -> Tensor:
     return best
 
 
-def gradient_factor(x: Tensor, shape: Shape, codes: CodeRange) -> Tensor:
-    """1 / sqrt(N Qp) (section 2.2); N = elements that share a scale, per sample for inputs.
+def shared_by(x: Tensor, shape: Shape) -> int:
+    """N of the gradient's factor 1 / sqrt(N Qp) (section 2.2): elements that share a scale, per sample for inputs.
 
     The paper counts the features of one sample; some public code counts the whole batch.
     """
     n = shape.numel if shape.role == "weight" else math.prod(x.shape[1:])
-    return (max(n // shape.channels, 1) * codes.hi).rsqrt()
+    return max(n // shape.channels, 1)
 
 
 class LSQ(Grid):
@@ -74,10 +72,8 @@ class LSQ(Grid):
         return self.scale.abs() + EPS
 
     def forward(self, x: Tensor, codes: CodeRange, estimator: nn.Module) -> Tensor:
-        scale = self.effective_scale()
-        if scale.requires_grad:
-            scale = scale_gradient(scale, gradient_factor(x, self.shape, codes))
-        return fake_quantize(x, self.shape.broadcast(scale, x.ndim), codes.zero, codes.lo, codes.hi, estimator)
+        count = shared_by(x, self.shape)
+        return fake_quantize(x, self.scale, codes.zero, codes.lo, codes.hi, estimator, self.shape.axis, count)
 
     def affine(self, x: Tensor | None, codes: CodeRange) -> Affine:
         return make_affine(self.effective_scale(), codes.zero, codes)

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.grids.base import (
-    EPS,
     Affine,
     CodeRange,
     Grid,
@@ -12,11 +11,10 @@ from bitwright.grids.base import (
     Stats,
     make_affine,
     positive,
-    scale_gradient,
 )
 from bitwright.grids.dorefa import full_range
-from bitwright.grids.lsq import gradient_factor
-from bitwright.kernels import fake_quantize
+from bitwright.grids.lsq import shared_by
+from bitwright.kernels import EPS, fake_quantize, scale_gradient
 
 
 class LSQPlus(Grid):
@@ -36,17 +34,16 @@ class LSQPlus(Grid):
 
     def forward(self, x: Tensor, codes: CodeRange, estimator: nn.Module) -> Tensor:
         codes = self.own_codes(codes)
-        factor = gradient_factor(x, self.shape, codes)
-        scale = self.scale.abs() + EPS
-        if scale.requires_grad:
-            scale = scale_gradient(scale, factor)
-        zero = codes.zero
-        if self.offset is not None:
-            offset = scale_gradient(self.offset, factor) if self.offset.requires_grad else self.offset
-            # The offset enters as a zero point: its gradient then does not depend on what passes the clip for x,
-            # and the values are those of `affine` to the last bit.
-            zero = self.shape.broadcast(-offset / scale, x.ndim)
-        return fake_quantize(x, self.shape.broadcast(scale, x.ndim), zero, codes.lo, codes.hi, estimator)
+        count, axis = shared_by(x, self.shape), self.shape.axis
+        if self.offset is None:
+            return fake_quantize(x, self.scale, codes.zero, codes.lo, codes.hi, estimator, axis, count)
+        factor = (count * codes.hi).rsqrt()
+        scale, offset = self.scale.abs() + EPS, self.offset
+        if scale.requires_grad or offset.requires_grad:
+            scale, offset = scale_gradient(scale, factor), scale_gradient(offset, factor)
+        # The offset enters as a zero point: its gradient then does not depend on what passes the clip for x,
+        # and the values are those of `affine` to the last bit.
+        return fake_quantize(x, scale, -offset / scale, codes.lo, codes.hi, estimator, axis)
 
     def affine(self, x: Tensor | None, codes: CodeRange) -> Affine:
         codes, scale = self.own_codes(codes), self.scale.abs() + EPS

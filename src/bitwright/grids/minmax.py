@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
-from bitwright.grids.base import EPS, Affine, CodeRange, Grid, Shape, Stats, make_affine
+from bitwright.grids.base import Affine, CodeRange, Grid, Shape, Stats, make_affine
 from bitwright.grids.pact import symmetric
-from bitwright.kernels import fake_quantize
+from bitwright.kernels import EPS, fake_quantize
 
 
 class MinMax(Grid):
@@ -78,9 +78,7 @@ class MinMax(Grid):
     def forward(self, x: Tensor, codes: CodeRange, estimator: nn.Module) -> Tensor:
         low, high = self.range_now(x)
         scale, zero, codes = self.numbers(low, high, codes)
-        scale = self.shape.broadcast(scale, x.ndim)
-        zero = self.shape.broadcast(zero, x.ndim) if isinstance(zero, Tensor) else zero
-        return fake_quantize(x, scale, zero, codes.lo, codes.hi, estimator)
+        return fake_quantize(x, scale, zero, codes.lo, codes.hi, estimator, self.shape.axis)
 
     def affine(self, x: Tensor | None, codes: CodeRange) -> Affine:
         low, high = (self.low, self.high) if x is None else self.extremes(x)

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from bitwright.grids.base import EPS, Affine, CodeRange, Grid, Shape, Stats, make_affine, positive
+from bitwright.grids.base import Affine, CodeRange, Grid, Shape, Stats, make_affine, positive
 from bitwright.grids.lsq import mse_scale
-from bitwright.kernels import fake_quantize
+from bitwright.kernels import EPS, fake_quantize
+from bitwright.kernels.reference import along
 
 
 def symmetric(codes: CodeRange) -> CodeRange:
@@ -37,11 +38,12 @@ class PACT(Grid):
 
     def forward(self, x: Tensor, codes: CodeRange, estimator: nn.Module) -> Tensor:
         codes = symmetric(codes)
-        alpha = self.shape.broadcast(self.alpha.abs() + EPS, x.ndim)
+        alpha, axis = self.alpha.abs() + EPS, self.shape.axis
         if self.calibrated or not alpha.requires_grad:
-            return fake_quantize(x, self.step(alpha, codes), codes.zero, codes.lo, codes.hi, estimator)
+            return fake_quantize(x, self.step(alpha, codes), codes.zero, codes.lo, codes.hi, estimator, axis)
         frozen = alpha.detach()
-        y = fake_quantize(x, self.step(frozen, codes), codes.zero, codes.lo, codes.hi, estimator)
+        y = fake_quantize(x, self.step(frozen, codes), codes.zero, codes.lo, codes.hi, estimator, axis)
+        alpha, frozen = along(alpha, x, axis), along(frozen, x, axis)
         clipped = (x >= frozen).to(x.dtype)
         if codes.signed:
             clipped = clipped - (x <= -frozen).to(x.dtype)

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels import reference
-from bitwright.kernels.reference import Rounding
+from bitwright.kernels.reference import EPS, KernelRule, Rounding, scale_gradient
 from bitwright.kernels.sources import Source, keep_sources, remember
 
-__all__ = ["Rounding", "fake_quantize", "fused_available", "keep_sources", "reference_only"]
+__all__ = [
+    "EPS",
+    "KernelRule",
+    "Rounding",
+    "fake_quantize",
+    "fused_available",
+    "keep_sources",
+    "reference_only",
+    "scale_gradient",
+]
 
 _reference_depth = 0
 
@@ -37,35 +46,53 @@ def fused_available() -> bool:
     return library() is not None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | float, lo: Tensor, hi: Tensor, rounding: Rounding) -> Tensor:
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor | float,
+    lo: Tensor,
+    hi: Tensor,
+    rounding: Rounding,
+    axis: int = 0,
+    count: int = 0,
+) -> Tensor:
     """Move `x` to the nearest of the values (k - zero) * scale, k an integer in [lo, hi].
 
     Args and result: see `bitwright.kernels.reference.fake_quantize`, whose values every home equals to the last bit
     and whose gradients it equals to rounding.
     """
-    if takes_fused(x, scale, zero, rounding) and fused_available():
-        from bitwright.kernels import fused
+    rule = getattr(rounding, "kernel_rule", None)
+    if rule is None or not takes_fused(x, scale, axis) or not fused_available():
+        return reference.fake_quantize(x, scale, zero, lo, hi, rounding, axis, count)
+    from bitwright.kernels import fused
 
-        delta = rounding.delta if isinstance(getattr(rounding, "delta", None), Tensor) else lo
-        rule = fused.RULES[getattr(rounding, "kernel_rule")]  # noqa: B009
-        scale = scale.reshape(-1)
-        y = torch.ops.bitwright.fake_quantize(x, scale, zero, lo, hi, delta, rule)
-        return remember(y, Source(x.detach(), scale.detach(), float(zero), lo, hi, delta, rule))
-    return reference.fake_quantize(x, scale, zero, lo, hi, rounding)
+    scale, zeros, constant = scale.contiguous(), None, 0.0
+    if isinstance(zero, Tensor):
+        zeros = (zero if zero.shape == scale.shape else zero.expand_as(scale)).contiguous()
+    else:
+        constant = float(zero)
+    seed = None if rule.rate is None else reference.draw_seed(x.device)
+    tensors = (x, scale, zeros, lo, hi, rule.strength, rule.rate, seed)
+    numbers = (constant, axis, count, fused.RULES[rule.name], rule.replaced_only)
+    y = torch.ops.bitwright.fake_quantize(*tensors, *numbers)
+    return remember(y, Source(*tensors, *numbers))
 
 
-def takes_fused(x: Tensor, scale: Tensor, zero: Tensor | float, rounding: Rounding) -> bool:
-    """Whether the fused kernels cover this call."""
+def takes_fused(x: Tensor, scale: Tensor, axis: int = 0) -> bool:
+    """Whether the fused kernels cover such tensors, here and now."""
     return (
-        getattr(rounding, "kernel_rule", None) is not None
-        and type(x) in (Tensor, torch.nn.Parameter)
+        type(x) in (Tensor, torch.nn.Parameter)
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and scale.dtype == torch.float32
-        and not isinstance(zero, Tensor)
         and not torch.compiler.is_compiling()
         and _reference_depth == 0
         and x.numel() > 0
-        and (scale.numel() == 1 or (scale.ndim == x.ndim and scale.numel() == scale.shape[0] == x.shape[0]))
         and (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)))
+        and (scale.numel() == 1 or in_rows(x, axis % x.ndim))
     )
+
+
+def in_rows(x: Tensor, axis: int) -> bool:
+    """Whether elements that share a scale lie in rows, long enough to be worth a loop."""
+    return axis == 0 or (x.is_contiguous() and x.shape[axis + 1 :].numel() >= 8)

@@ -8,15 +8,21 @@ from torch import Tensor
 
 
 class Source(NamedTuple):
-    """The operands of one fused fake quantization. All of them live on anyway: its own backward keeps them."""
+    """The arguments of one `bitwright::fake_quantize`. All of them live on anyway: its own backward keeps them."""
 
     x: Tensor
     scale: Tensor
-    zero: float
+    zeros: Tensor | None
     lo: Tensor
     hi: Tensor
-    delta: Tensor
+    strength: Tensor | None
+    rate: Tensor | None
+    seed: Tensor | None
+    zero: float
+    axis: int
+    count: int
     rule: int
+    replaced_only: bool
 
     def quantize(self) -> Tensor:
         """The quantized tensor once more, to the last bit."""

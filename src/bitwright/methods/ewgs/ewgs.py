@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bitwright.errors import BitwrightError
 from bitwright.estimators import EWGS
 from bitwright.kernels import reference_only
+from bitwright.kernels.reference import along
 from bitwright.methods.base import Method
 from bitwright.methods.probe import untouched, unwrap
 from bitwright.prepare import quantizers
@@ -181,4 +182,4 @@ def grid_width(quantizer: Quantizer, x: Tensor) -> Tensor:
     """Largest minus smallest value of the grid, broadcastable to `x`."""
     affine = quantizer.affine(x if quantizer.shape.role == "weight" else None)
     width = affine.scale * (affine.hi - affine.lo)
-    return quantizer.grid.shape.broadcast(width, x.ndim) if width.numel() > 1 else width
+    return along(width, x, quantizer.grid.shape.axis)
