@@ -5,6 +5,17 @@ from bitwright.deploy.comparison import VerifyReport
 from bitwright.deploy.export import export
 from bitwright.deploy.files import ExportReport
 from bitwright.deploy.freeze import freeze, snap_biases
+from bitwright.deploy.targets.packed import load_packed
 from bitwright.deploy.verify import verify
 
-__all__ = ["BenchReport", "ExportReport", "VerifyReport", "bench", "export", "freeze", "snap_biases", "verify"]
+__all__ = [
+    "BenchReport",
+    "ExportReport",
+    "VerifyReport",
+    "bench",
+    "export",
+    "freeze",
+    "load_packed",
+    "snap_biases",
+    "verify",
+]

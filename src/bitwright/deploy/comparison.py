@@ -102,10 +102,11 @@ class WeightRow:
 class VerifyReport:
     """What `verify` found.
 
-    target: what kind of file it is. layers: weights and inputs in the order of execution. images: how many were compared. clean_images: of these,
-    images whose codes agree everywhere in all three forms. different_frozen, different_file: images on which the
-    predictions of the training form differ from the frozen form's and from the file's. logit_difference: largest
-    absolute difference of logits between training form and file; clean_logit_difference: over clean images.
+    target: what kind of file it is. layers: weights and inputs in the order of execution. images: how many were
+    compared. clean_images: of these, images whose codes agree everywhere in all three forms. different_frozen,
+    different_file: images on which the predictions of the training form differ from the frozen form's and from the
+    file's. logit_difference: largest absolute difference of logits between training form and file;
+    clean_logit_difference: over clean images.
     largest_logit: largest |logit|. first_difference: one line, None where everything is within tolerance.
     """
 

@@ -1,11 +1,14 @@
 """What `verify` needs of a target: the network to compare with, and the file in its runtime."""
 
+import copy
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from bitwright.deploy.integer import InputCodes, IntLayer
+from bitwright.layers import QuantLayer, unswap
+from bitwright.layers.output import detach_output
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,13 @@ class Opened(Protocol):
     def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """(logits, codes by quantizer and call; quantizers whose codes cannot be seen are left out)."""
         ...
+
+
+def float_twin(model: nn.Module) -> nn.Module:
+    """A float copy of a prepared model, on the CPU in evaluation mode: the architecture that a loader fills."""
+    twin = copy.deepcopy(model).cpu().eval()
+    for module in list(twin.modules()):
+        detach_output(module)
+        if isinstance(module, QuantLayer):
+            unswap(module, next(kind for kind in type(module).__mro__ if not issubclass(kind, QuantLayer)))
+    return twin
