@@ -192,7 +192,7 @@ def cost(
     else:
         recipe = load_recipe(target, [*data_override(data_dir), *(overrides or [])])
         dataset, device = recipe_data(recipe, cache), "cpu"
-        model = quantize(recipe, float_model(recipe, dataset, fresh=True)).eval()
+        model = quantize(recipe, float_model(recipe, dataset, fresh=True), dataset).eval()
     table = _costs(model, dataset, device)
     if as_json:
         print(json.dumps(table.as_dict()))

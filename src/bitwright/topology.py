@@ -4,7 +4,7 @@ Input quantizers alone (`fpres`) leave the residual stream in float, and with it
 read by anything but one input quantizer. Integer kernels write integers: they need to know the grid of their output.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bitwright.errors import BitwrightError
 from bitwright.flow import Flow, Value, trace
 from bitwright.layers import candidates, is_quantized
-from bitwright.rules import Rule
+from bitwright.rules import Rule, resolve
 from bitwright.spec import QuantizerSpec
 
 Topology = Literal["fpres", "res8"]
@@ -33,6 +33,7 @@ def topology(
     example: Tensor,
     kind: Topology = "res8",
     *,
+    rules: Sequence[Rule] | None = None,
     bits: int = 8,
     grid: str = "lsq",
     grid_options: dict[str, Any] | None = None,
@@ -47,12 +48,14 @@ def topology(
         kind: "fpres": none, sums are float. "res8" (default): 8-bit quantizers on the output of every convolution
             (behind its norm and activation) that is not read by one input quantizer alone, and on every sum of such
             outputs.
+        rules: those for weights and inputs: a layer that they leave in float, weight or input, counts as float here.
+            None: every layer that can be quantized is.
         bits: of these quantizers.
         grid, grid_options: see `QuantizerSpec`. The default, LSQ, starts here from the scale of least squared error:
             its own start value leaves three quarters of an 8-bit range unused.
 
     Raises:
-        BitwrightError: `kind` is unknown, or the model is prepared already.
+        BitwrightError: `kind` is unknown, the model is prepared already, or a rule names no layer.
     """
     if kind not in TOPOLOGIES:
         raise BitwrightError(f"topology {kind!r} is not accepted; use {', '.join(TOPOLOGIES)}")
@@ -62,13 +65,22 @@ def topology(
         return []
     options = grid_options if grid_options is not None else {"init": "mse"} if grid == "lsq" else {}
     spec = QuantizerSpec(bits=bits, grid=grid, grid_options=options)  # pyright: ignore[reportArgumentType]
-    names = list(dict.fromkeys(places(model, trace(model, example))))
+    layers = integer_layers(model, rules)
+    names = list(dict.fromkeys(places(model, trace(model, example), layers)))
     return [Rule(match=tuple(names), output=spec)] if names else []
 
 
-def places(model: nn.Module, flow: Flow) -> Iterator[str]:
+def integer_layers(model: nn.Module, rules: Sequence[Rule] | None) -> Mapping[str, nn.Module]:
+    """The layers that will multiply integers, by name: convolutions, linear layers."""
+    layers = {n: m for n, m in candidates(model).items() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)}
+    if rules is None:
+        return layers
+    wanted = resolve(model, list(rules))
+    return {n: m for n, m in layers.items() if {"weight", "input"} <= wanted.get(n, {}).keys()}
+
+
+def places(model: nn.Module, flow: Flow, layers: Mapping[str, nn.Module]) -> Iterator[str]:
     """Names of the modules whose outputs need a quantizer for `res8`, in the order of execution."""
-    layers = candidates(model)
     convolutions = {n for n, m in layers.items() if isinstance(m, nn.Conv1d | nn.Conv2d)}
     sums: set[Value] = set()
     for value in flow.values:
@@ -110,11 +122,11 @@ def from_integers(value: Value, convolutions: set[str], sums: set[Value]) -> boo
     return True
 
 
-def read_by_one_layer(value: Value, layers: dict[str, nn.Module]) -> bool:
+def read_by_one_layer(value: Value, layers: Mapping[str, nn.Module]) -> bool:
     """Whether the input of one convolution or linear layer is all that reads `value`, maybe behind moves of codes."""
     while len(value.readers) == 1 and not value.leaves:
         value = value.readers[0]
-        if isinstance(layers.get(value.owner), nn.Conv1d | nn.Conv2d | nn.Linear):
+        if value.owner in layers:
             return True
         if value.kind not in FUSED | MOVED - {"pad"}:
             return False

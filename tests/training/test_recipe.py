@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from bitwright.errors import BitwrightError
-from bitwright.prepare import quant_layers
+from bitwright.prepare import quant_layers, quantizers
 from bitwright.training.data import load_data
 from bitwright.training.recipe import Recipe, float_recipe
 from bitwright.training.recipe_file import builtin_recipes, dump_recipe, load_recipe
@@ -57,7 +57,7 @@ def test_what_is_written_reads_back_to_the_same_recipe(path, tmp_path):
 def test_shorthand_rules_come_before_the_recipes_own(path):
     dataset = load_data("digits")
     recipe = load_recipe(path)
-    layers = quant_layers(quantize(recipe, float_model(recipe, dataset)))
+    layers = quant_layers(quantize(recipe, float_model(recipe, dataset), dataset))
     assert layers["conv1"].weight_quantizer.spec.bits == 8
     assert layers["layer1.0.conv1"].weight_quantizer.spec.bits == 4
     assert layers["fc"].weight_quantizer.spec.bits == 2
@@ -178,6 +178,32 @@ def test_files_that_are_not_there(tmp_path):
     assert "did you mean digits-w4a4" in error_of("digits-w4a5")
 
 
+def outputs(recipe) -> set[str]:
+    """Modules of a recipe's network that get an output quantizer."""
+    dataset = load_data("digits")
+    found = quantizers(quantize(recipe, float_model(recipe, dataset, fresh=True), dataset))
+    return {n.removesuffix(".output_quantizer") for n in found if n.endswith(".output_quantizer")}
+
+
+def test_the_topology_comes_before_the_recipes_own_rules_and_by_default_is_integer():
+    usual = outputs(load_recipe("digits-w4a4"))
+    assert {"relu", "layer2.0.bn2", "layer3.0.relu2"} <= usual
+    own = ["rules=[{match: relu, output: null}, {match: layer1.0.add, output: {bits: 6}}]"]
+    assert outputs(load_recipe("digits-w4a4", own)) == (usual - {"relu"}) | {"layer1.0.add"}
+    assert outputs(load_recipe("digits-w4a4", ["topology=fpres"])) == set()
+    # A convolution in float writes no integers: its output and all sums that it flows into stay as they are.
+    floats = outputs(load_recipe("digits-w4a4", ["rules=[{match: layer1.0.conv2, weight: null}]"]))
+    assert usual - floats == {"layer1.0.bn2", *(f"layer{i}.0.relu2" for i in (1, 2, 3))}
+    with pytest.raises(BitwrightError, match="topology: 'res4' is not accepted; use 'fpres'"):
+        load_recipe("digits-w4a4", ["topology=res4"])
+
+
+def test_a_topology_counts_in_the_digest_but_not_in_the_partners():
+    res8, fpres = load_recipe("digits-w4a4"), load_recipe("digits-w4a4", ["topology=fpres"])
+    assert res8.digest() != fpres.digest()
+    assert float_recipe(res8, res8.partner).digest() == float_recipe(fpres, fpres.partner).digest()
+
+
 @pytest.mark.parametrize("name", builtin_recipes())
 def test_every_shipped_recipe_is_headed_and_its_rules_match_its_model(name):
     recipe = load_recipe(name)
@@ -190,7 +216,7 @@ def test_every_shipped_recipe_is_headed_and_its_rules_match_its_model(name):
             "imagenet": (1000, 3, 224),
         }[recipe.data.name]
 
-    model = quantize(recipe, float_model(recipe, Facts(), fresh=True))  # pyright: ignore
+    model = quantize(recipe, float_model(recipe, Facts(), fresh=True), Facts())  # pyright: ignore
     assert quant_layers(model)
     from importlib import resources
 

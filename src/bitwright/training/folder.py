@@ -75,7 +75,10 @@ class RunFolder:
         """The run's resolved recipe. Raises: BitwrightError where the folder holds no run."""
         if not self.recipe.is_file():
             raise BitwrightError(f"{self.root}: not a run (no recipe.yaml in it)")
-        return load_recipe(self.recipe, overrides or [])
+        recipe = load_recipe(self.recipe, overrides or [])
+        if "topology" not in recipe.model_fields_set:  # of a run from before recipes had one
+            recipe = load_recipe(self.recipe, ["topology=fpres", *(overrides or [])])
+        return recipe
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def load_run(root: str | Path, *, data_dir: str | Path | None = None, cache: Pat
     state = load_checkpoint(folder.checkpoint, digest=recipe.digest())
     set_threads(recipe)
     dataset = recipe_data(recipe, cache)
-    model = quantize(recipe, float_model(recipe, dataset, fresh=True))
+    model = quantize(recipe, float_model(recipe, dataset, fresh=True), dataset)
     weights = state["ema"]["model"] if state["ema"] else state["model"]
     load_state(model, weights, folder.checkpoint)
     place(model, recipe, choose_device(recipe))

@@ -77,7 +77,7 @@ class Trainer:
         self.seconds, self._ticked = 0.0, time.perf_counter()
         seed_everything(recipe.seed)
         model = float_model(recipe, dataset) if partner is None else copy.deepcopy(partner.model).requires_grad_(True)
-        self.model = place(quantize(recipe, model), recipe, self.device)
+        self.model = place(quantize(recipe, model, dataset), recipe, self.device)
 
     def run(self, *, resume: bool) -> dict[str, Any]:
         """Train to the end and write every file; returns the summary.

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_serializer, field_validator, model_validator
 
 from bitwright.rules import Rule, rules
 from bitwright.spec import MAX_BITS, MIN_BITS, GridName
+from bitwright.topology import Topology
 
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -111,9 +113,10 @@ class Recipe(Section):
 
     bits: `wNaM` for the usual rules (`bitwright.rules`) with `ends` (bit-width of the first and last layer, None:
     like the rest), `grid` and `estimator` with their options; `float`: no quantizers, an ordinary training. rules: an
-    ordered list that comes after those. methods: names, or {name: options}. partner: see `PartnerSection`; None
-    starts from fresh weights. amp: autocast of training steps; evaluation is float32. threads: of the CPU, default
-    all cores; results are bit-identical for the same number only. device: auto, cpu, cuda, cuda:N.
+    ordered list that comes after those. topology: of output quantizers (`bitwright.topology`); rules come after it
+    too, so that they can change or remove its quantizers. methods: names, or {name: options}. partner: see
+    `PartnerSection`; None starts from fresh weights. amp: autocast of training steps; evaluation is float32. threads:
+    of the CPU, default all cores; results are bit-identical for the same number only. device: auto, cpu, cuda, cuda:N.
     """
 
     data: DataSection
@@ -124,6 +127,7 @@ class Recipe(Section):
     grid_options: dict[str, Any] = Field(default_factory=dict)
     estimator: str = "clipped_ste"
     estimator_options: dict[str, Any] = Field(default_factory=dict)
+    topology: Topology = "res8"
     rules: list[Rule] = Field(default_factory=list)
     methods: list[dict[str, dict[str, Any]]] = Field(default_factory=list)
     optimizer: OptimizerSection = OptimizerSection()
@@ -166,10 +170,10 @@ class Recipe(Section):
         """Whether the network gets quantizers at all."""
         return self.bits != "float" or bool(self.rules)
 
-    def all_rules(self) -> list[Rule]:
-        """The usual rules, then the recipe's own. Raises: BitwrightError for bits of another form."""
+    def all_rules(self, outputs: Sequence[Rule] = ()) -> list[Rule]:
+        """The usual rules, then `outputs`, then the recipe's own. Raises: BitwrightError for bits of another form."""
         if self.bits in (None, "float"):
-            return list(self.rules)
+            return [*outputs, *self.rules]
         usual = rules(
             self.bits,
             ends=self.ends,
@@ -178,12 +182,14 @@ class Recipe(Section):
             grid_options=self.grid_options,
             estimator_options=self.estimator_options,
         )
-        return usual + list(self.rules)
+        return [*usual, *outputs, *self.rules]
 
     def digest(self) -> str:
         """Hexadecimal hash of everything that decides what the run computes; where it runs does not count."""
         content = self.model_dump(mode="json", exclude={*WHERE})
         del content["data"]["dir"]
+        if self.topology == "fpres":  # all there was at first: those runs and partners keep their names
+            del content["topology"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -204,6 +210,7 @@ def float_recipe(recipe: Recipe, partner: PartnerSection) -> Recipe:
             "grid_options": {},
             "estimator": "clipped_ste",
             "estimator_options": {},
+            "topology": "fpres",
             "calibration": CalibrationSection(),
         }
     )

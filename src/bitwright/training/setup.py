@@ -12,6 +12,7 @@ from torch import nn
 from bitwright.errors import BitwrightError
 from bitwright.prepare import prepare
 from bitwright.rules import resolve
+from bitwright.topology import topology
 from bitwright.training.data import Dataset, load_data
 from bitwright.training.models import build_model
 from bitwright.training.recipe import Recipe
@@ -81,13 +82,15 @@ def float_model(
         )
 
 
-def quantize(recipe: Recipe, model: nn.Module) -> nn.Module:
+def quantize(recipe: Recipe, model: nn.Module, dataset: Dataset) -> nn.Module:
     """Swap in the recipe's quantizers (none for `bits: float`); returns the same model."""
     if not recipe.quantized:
         return model
     with blame(recipe.source):
         resolve(model, recipe.rules)  # alone first, so that a message numbers them as the recipe does
-        return prepare(model, recipe.all_rules())
+        rules = recipe.all_rules()
+        image = torch.zeros(1, dataset.in_channels, dataset.image_size, dataset.image_size)
+        return prepare(model, recipe.all_rules(topology(model, image, recipe.topology, rules=rules)))
 
 
 def place(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:

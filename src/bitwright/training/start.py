@@ -26,7 +26,7 @@ def train(
     set_threads(recipe)
     choose_device(recipe)
     dataset = recipe_data(recipe, cache)
-    quantize(recipe, float_model(recipe, dataset, fresh=True))
+    quantize(recipe, float_model(recipe, dataset, fresh=True), dataset)
     folder = RunFolder(out)
     folder.claim(overwrite=overwrite)
     write_atomic(folder.recipe, dump_recipe(recipe))

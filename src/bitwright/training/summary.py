@@ -8,23 +8,25 @@ import torch
 from torch import nn
 
 import bitwright
+from bitwright.layers import OUTPUT
 from bitwright.methods import Method
 from bitwright.prepare import quantizers
 from bitwright.training.data import Dataset
 from bitwright.training.recipe import Recipe
 
 
-def layer_bits(model: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
-    """Present bit-widths of weights and of inputs, by layer name; float tensors are absent.
+def layer_bits(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Present bit-widths of weights, inputs and outputs ("weight", "input", "output"), by layer name.
 
-    A layer with several weight or several input quantizers is there once for each, as `layer.slot`.
+    Float tensors are absent. A layer with several weight or several input quantizers is there once for each, as
+    `layer.slot`.
     """
-    found: dict[str, dict[str, int]] = {"weight": {}, "input": {}}
+    found: dict[str, dict[str, int]] = {"weight": {}, "input": {}, "output": {}}
     for name, quantizer in quantizers(model).items():
         layer, _, slot = name.rpartition(".")
-        key = layer if slot in ("weight_quantizer", "input_quantizer") else name
-        found[quantizer.shape.role][key] = int(quantizer.bits.item())
-    return found["weight"], found["input"]
+        key = layer if slot in ("weight_quantizer", "input_quantizer", OUTPUT) else name
+        found["output" if slot == OUTPUT else quantizer.shape.role][key] = int(quantizer.bits.item())
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -58,14 +60,15 @@ def summarize(
     from bitwright.costs import cost_table
 
     costs = cost_table(model, next(iter(dataset.test_batches(batch_size=1, device=device)))[0])
-    weight_bits, input_bits = layer_bits(model)
+    bits = layer_bits(model)
     accuracies = [row["accuracy"] for row in rows]
     return {
         "accuracy": accuracies[-1],
         "accuracy_best": max(accuracies),
         **({} if float_accuracy is None else {"float_accuracy": float_accuracy}),
-        "weight_bits": weight_bits,
-        "input_bits": input_bits,
+        "weight_bits": bits["weight"],
+        "input_bits": bits["input"],
+        "output_bits": bits["output"],
         "bitops": costs.bitops,
         "size_bytes": costs.size_bytes,
         "epochs": len(rows),
