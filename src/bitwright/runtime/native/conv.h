@@ -127,25 +127,38 @@ INLINE void PATH(output_tile)(const Op *op, const int32_t *m, int64_t next, int6
 }
 
 /* Weights are 4 G g G^T, so sums are four times the true ones; `multiplier` holds the quarter and `init` four biases.
-   scratch: op->block tiles of 16 * 4 * k4 bytes, then 16 * TALL * 2 * PANEL sums. */
+   scratch: op->block tiles of 16 * 4 * k4 bytes, then 16 * TALL * 2 * PANEL sums, then two numbers a tile. */
 TARGET static void PATH(winograd)(const Op *op) {
     static const int64_t start = 0;
     const int64_t deep = 4 * op->k4, high = (op->oh + 1) / 2, across = (op->ow + 1) / 2, tiles = op->n * high * across;
     const int64_t panels = (op->oc + PANEL - 1) / PANEL, depth = 16 * op->k4 * 64;
     uint8_t *v = op->scratch;
     int32_t *sums = (int32_t *)(v + 16 * op->block * deep);
+    int64_t *pixels = (int64_t *)(sums + 16 * TALL * 2 * PANEL), *ends = pixels + op->block;
+    int64_t n = 0, ty = 0, tx = 0;
     for (int64_t first = 0; first < tiles; first += op->block) {
         const int64_t many = min64(op->block, tiles - first), pieces = (many + TALL - 1) / TALL;
         for (int64_t t = 0; t < many; t++) {
-            const int64_t tile = first + t, n = tile / (high * across), ty = tile / across % high, tx = tile % across;
             const uint8_t *from[4][4], *image = (const uint8_t *)op->x + n * op->h * op->w * op->c;
-            for (int64_t i = 0; i < 4; i++)
+            const int64_t top = 2 * ty - op->top, left = 2 * tx - op->left;
+            for (int64_t i = 0; i < 4; i++) {
+                const int64_t y = top + i;
+                const uint8_t *row = image + (y * op->w + left) * op->c;
                 for (int64_t j = 0; j < 4; j++) {
-                    const int64_t y = 2 * ty - op->top + i, x = 2 * tx - op->left + j;
-                    const int inside = y >= 0 && y < op->h && x >= 0 && x < op->w;
-                    from[i][j] = inside ? image + (y * op->w + x) * op->c : op->table;
+                    const int inside = y >= 0 && y < op->h && left + j >= 0 && left + j < op->w;
+                    from[i][j] = inside ? row + j * op->c : op->table;
                 }
+            }
             PATH(input_tile)(op, from, v + t * deep, op->block * deep);
+            pixels[t] = (n * op->oh + 2 * ty) * op->ow + 2 * tx;
+            ends[t] = (2 * ty + 1 < op->oh) + 2 * (2 * tx + 1 < op->ow);
+            if (++tx == across) {
+                tx = 0;
+                if (++ty == high) {
+                    ty = 0;
+                    n++;
+                }
+            }
         }
         for (int64_t p = 0; p < panels; p += 2) {
             const int two = p + 1 < panels ? 2 : 1;
@@ -155,13 +168,10 @@ TARGET static void PATH(winograd)(const Op *op) {
                     PATH(tile)((int)rows, two, op->wide, v + (k * op->block + low) * deep, deep, &start, 1, op->k4,
                                op->weight + p * depth + k * op->k4 * 64, depth, op->init + (p * 16 + k) * PANEL,
                                16 * PANEL, sums + k * rows * two * PANEL);
-                for (int64_t m = 0; m < rows; m++) {
-                    const int64_t tile = first + low + m, n = tile / (high * across);
-                    const int64_t oy = 2 * (tile / across % high), ox = 2 * (tile % across);
+                for (int64_t m = 0; m < rows; m++)
                     for (int q = 0; q < two; q++)
                         PATH(output_tile)(op, sums + (m * two + q) * PANEL, rows * two * PANEL, (p + q) * PANEL,
-                                          (n * op->oh + oy) * op->ow + ox, oy + 1 < op->oh, ox + 1 < op->ow);
-                }
+                                          pixels[low + m], ends[low + m] & 1, ends[low + m] >> 1);
             }
         }
     }

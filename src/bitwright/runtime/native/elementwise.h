@@ -33,11 +33,31 @@ TARGET static void PATH(quantize)(const Op *op) {
             }
 }
 
+#if LEVEL == 2
+/* 64 lookups at once: the two halves of the table are permutations of 128 bytes. */
+__attribute__((target("avx512f,avx512bw,avx512vbmi"))) static int64_t PATH(table_fast)(const Op *op) {
+    const __m512i t0 = _mm512_loadu_si512(op->table), t1 = _mm512_loadu_si512(op->table + 64);
+    const __m512i t2 = _mm512_loadu_si512(op->table + 128), t3 = _mm512_loadu_si512(op->table + 192);
+    const int64_t count = op->n * op->h * op->w * op->c;
+    int64_t i = 0;
+    for (; i + 64 <= count; i += 64) {
+        const __m512i k = _mm512_loadu_si512((const uint8_t *)op->x + i);
+        const __m512i low = _mm512_permutex2var_epi8(t0, k, t1), high = _mm512_permutex2var_epi8(t2, k, t3);
+        _mm512_storeu_si512((uint8_t *)op->y + i, _mm512_mask_blend_epi8(_mm512_movepi8_mask(k), low, high));
+    }
+    return i;
+}
+#endif
+
 TARGET static void PATH(table)(const Op *op) {
     const uint8_t *x = op->x;
     uint8_t *y = op->y;
     const int64_t count = PATH(count)(op);
-    for (int64_t i = 0; i < count; i++) y[i] = op->table[x[i]];
+    int64_t i = 0;
+#if LEVEL == 2
+    if (__builtin_cpu_supports("avx512vbmi")) i = PATH(table_fast)(op);
+#endif
+    for (; i < count; i++) y[i] = op->table[x[i]];
 }
 
 /* clip(round_half_even((a - za) * ra + (b - zb) * rb) + zy, lo, hi), every step in float32. */
@@ -58,22 +78,23 @@ TARGET static void PATH(add)(const Op *op) {
 }
 
 #define MAX_POOL_OF(NAME, T)                                                                                         \
+    TARGET static __attribute__((noinline)) void PATH(NAME##_into)(T *restrict y, const T *restrict x, int64_t n) {  \
+        for (int64_t c = 0; c < n; c++) y[c] = y[c] > x[c] ? y[c] : x[c];                                            \
+    }                                                                                                                \
     TARGET static void PATH(NAME)(const Op *op) {                                                                    \
         for (int64_t n = 0; n < op->n; n++)                                                                          \
             for (int64_t oy = 0; oy < op->oh; oy++)                                                                  \
                 for (int64_t ox = 0; ox < op->ow; ox++) {                                                            \
-                    T *restrict y = (T *)op->y + ((n * op->oh + oy) * op->ow + ox) * op->c;                          \
+                    T *y = (T *)op->y + ((n * op->oh + oy) * op->ow + ox) * op->c;                                   \
                     int first = 1;                                                                                   \
                     for (int64_t i = 0; i < op->kh; i++)                                                             \
                         for (int64_t j = 0; j < op->kw; j++) {                                                       \
                             const int64_t iy = oy * op->sy - op->top + i * op->dy;                                   \
                             const int64_t ix = ox * op->sx - op->left + j * op->dx;                                  \
                             if (iy < 0 || iy >= op->h || ix < 0 || ix >= op->w) continue;                            \
-                            const T *restrict x = (const T *)op->x + ((n * op->h + iy) * op->w + ix) * op->c;        \
-                            if (first)                                                                               \
-                                memcpy(y, x, (size_t)op->c * sizeof(T));                                             \
-                            else                                                                                     \
-                                for (int64_t c = 0; c < op->c; c++) y[c] = y[c] > x[c] ? y[c] : x[c];                \
+                            const T *x = (const T *)op->x + ((n * op->h + iy) * op->w + ix) * op->c;                 \
+                            if (first) memcpy(y, x, (size_t)op->c * sizeof(T));                                      \
+                            else PATH(NAME##_into)(y, x, op->c);                                                     \
                             first = 0;                                                                               \
                         }                                                                                            \
                 }                                                                                                    \
