@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from bitwright.calibrate import calibrate
+from bitwright.compiled import compile_model
 from bitwright.coverage import Coverage, coverage
 from bitwright.errors import BitwrightError
 from bitwright.methods import BWRF, KD, AdaQAT, Batch, EWGSDelta, Method, PEGECurriculum
@@ -34,6 +35,7 @@ __all__ = [
     "Step",
     "StepResult",
     "calibrate",
+    "compile_model",
     "coverage",
     "describe",
     "export",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitwright.calibrate import calibrate
+from bitwright.compiled import compile_model
 from bitwright.coverage import require_complete
 from bitwright.errors import BitwrightError
 from bitwright.step import Step, StepResult
@@ -158,7 +159,9 @@ class Trainer:
         with blame(self.recipe.source):
             methods = make_methods(self.recipe.methods, context)
             self.step = Step(
-                torch.compile(self.model) if self.recipe.compile else self.model,  # pyright: ignore
+                compile_model(self.model, activation_memory=self.recipe.activation_memory)
+                if self.recipe.compile
+                else self.model,
                 self._task_loss,
                 self.optimizer,
                 methods,

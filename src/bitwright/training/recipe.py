@@ -115,7 +115,8 @@ class Recipe(Section):
     like the rest), `grid` and `estimator` with their options; `float`: no quantizers, an ordinary training. rules: an
     ordered list that comes after those. topology: of output quantizers (`bitwright.topology`); rules come after it
     too, so that they can change or remove its quantizers. methods: names, or {name: options}. partner: see
-    `PartnerSection`; None starts from fresh weights. amp: autocast of training steps; evaluation is float32. threads:
+    `PartnerSection`; None starts from fresh weights. amp: autocast of training steps; evaluation is float32. compile:
+    by Inductor; activation_memory: the share that it keeps then (`bitwright.compile_model`). threads:
     of the CPU, default all cores; results are bit-identical for the same number only. device: auto, cpu, cuda, cuda:N.
     """
 
@@ -138,8 +139,15 @@ class Recipe(Section):
     amp: Literal["none", "bf16"] = "none"
     channels_last: bool = False
     compile: bool = False
+    activation_memory: Annotated[float, Field(ge=0, le=1)] = 1.0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     threads: Count | None = None
+
+    @model_validator(mode="after")
+    def _compiled_only(self) -> "Recipe":
+        if self.activation_memory != 1.0 and not self.compile:
+            raise ValueError("activation_memory needs compile: true")
+        return self
 
     _source: str = PrivateAttr("recipe")
 
