@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.deploy import export, snap_biases, verify
-from bitwright.deploy.targets.onnx import write
+from bitwright.deploy.targets.onnx_file import write
 from bitwright.errors import BitwrightError
 from bitwright.training.models.resnet import CifarResNet
 

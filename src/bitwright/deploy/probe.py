@@ -1,19 +1,19 @@
 """A file in its runtime: opened as users open it, and once more with its integer tensors as outputs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
-import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
 from bitwright.deploy.builder import QUANTIZER
 from bitwright.deploy.capture import first_line
-from bitwright.deploy.integer import DOMAIN, IntEmbedding, IntLayer
+from bitwright.deploy.integer import DOMAIN, IntEmbedding, IntLayer, IntLinear
 from bitwright.errors import BitwrightError
 
 
@@ -55,61 +55,57 @@ def code_tensors(calls: dict[str, int]) -> list[str]:
     return [f"{name}:{i}.codes" if i else f"{name}.codes" for name, count in bare for i in range(count)]
 
 
-class Probe:
-    """A session on a copy of the graph in which codes, dequantized weights and biases are outputs too.
+@dataclass(frozen=True)
+class ProbeGraph:
+    """A copy of the graph in which codes, dequantized weights and biases are outputs too.
+
+    codes, wanted: names of the integer tensors, and of weights and biases. biases: of these, the bias of each layer.
+    """
+
+    proto: onnx.ModelProto
+    codes: list[str]
+    wanted: list[str]
+    biases: dict[str, str]
+
+
+def probe_graph(proto: onnx.ModelProto, path: Path, layers: dict[str, IntLayer], calls: dict[str, int]) -> ProbeGraph:
+    """The graph whose tensors `verify` looks at.
 
     Args:
         layers: of the frozen form, by name. calls: how often each input quantizer runs.
-        example: one input, on which the constants are read.
-
-    Attributes:
-        constants: weights and biases as the runtime dequantizes them, by tensor name.
 
     Raises:
         BitwrightError: a tensor of the frozen form is missing: the file is of another network.
     """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for name, layer in layers.items():
+        if isinstance(layer, IntEmbedding) and layer.packed is not None:
+            # The file scales rows after they were gathered; here the whole table is dequantized.
+            cast = helper.make_node("Cast", [f"{name}.codes"], [f"{name}.all"], to=TensorProto.FLOAT)
+            scale = helper.make_node("Mul", [f"{name}.all", f"{name}.weight_scale"], [f"{name}.weight"])
+            copy.graph.node.extend([cast, scale])
+    present = {out for node in copy.graph.node for out in node.output}
+    present |= {t.name for t in copy.graph.initializer}
+    biases = {
+        name: f"{name}.negative_bias" if f"{name}.negative_bias" in present else f"{name}.bias"
+        for name, layer in layers.items()
+        if layer.bias is not None
+    }
+    codes, wanted = code_tensors(calls), [*(f"{name}.weight" for name in layers), *biases.values()]
+    for kind, names in ((TensorProto.UINT8, codes), (TensorProto.FLOAT, wanted)):
+        for name in names:
+            if name not in present:
+                raise BitwrightError(f"{path}: is of another network: it has no tensor {name!r}")
+            copy.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+    return ProbeGraph(copy, codes, wanted, biases)
 
-    def __init__(
-        self,
-        proto: onnx.ModelProto,
-        path: Path,
-        layers: dict[str, IntLayer],
-        calls: dict[str, int],
-        example: Tensor,
-        providers: Sequence[str],
-    ):
-        self.path, self.codes = path, code_tensors(calls)
-        copy = onnx.ModelProto()
-        copy.CopyFrom(proto)
-        for name, layer in layers.items():
-            if isinstance(layer, IntEmbedding) and layer.packed is not None:
-                # The file scales rows after they were gathered; here the whole table is dequantized.
-                cast = helper.make_node("Cast", [f"{name}.codes"], [f"{name}.all"], to=TensorProto.FLOAT)
-                scale = helper.make_node("Mul", [f"{name}.all", f"{name}.weight_scale"], [f"{name}.weight"])
-                copy.graph.node.extend([cast, scale])
-        present = {out for node in copy.graph.node for out in node.output}
-        present |= {t.name for t in copy.graph.initializer}
-        self.biases = {
-            name: f"{name}.negative_bias" if f"{name}.negative_bias" in present else f"{name}.bias"
-            for name, layer in layers.items()
-            if layer.bias is not None
-        }
-        wanted = [*(f"{name}.weight" for name in layers), *self.biases.values()]
-        for kind, names in ((TensorProto.UINT8, self.codes), (TensorProto.FLOAT, wanted)):
-            for name in names:
-                if name not in present:
-                    raise BitwrightError(f"{path}: is of another network: it has no tensor {name!r}")
-                copy.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-        self.session = open_session(copy.SerializeToString(), path, providers)
-        values = run_session(self.session, path, wanted, example) if wanted else []
-        self.constants = {name: torch.from_numpy(np.array(v)) for name, v in zip(wanted, values, strict=True)}
 
-    def bias(self, name: str) -> Tensor:
-        """The bias of a layer that has one."""
-        tensor = self.biases[name]
-        return -self.constants[tensor] if tensor.endswith(".negative_bias") else self.constants[tensor]
-
-    def run(self, x: Tensor) -> dict[str, Tensor]:
-        """Codes of one batch by tensor name, int16, as they lie in their container."""
-        out = run_session(self.session, self.path, self.codes, x) if self.codes else []
-        return {name: torch.from_numpy(k.astype(np.int16)) for name, k in zip(self.codes, out, strict=True)}
+def frozen_weights(
+    graph: ProbeGraph, layers: dict[str, IntLayer], constants: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights, biases) by layer, in the layout of the frozen form, of constants as the file names them."""
+    turned = {n: constants[f"{n}.weight"] for n in layers}
+    weights = {n: w.T if isinstance(layers[n], IntLinear) else w for n, w in turned.items()}
+    signed = {n: -constants[t] if t.endswith(".negative_bias") else constants[t] for n, t in graph.biases.items()}
+    return weights, {n: bias.reshape(-1) for n, bias in signed.items()}

@@ -6,25 +6,36 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from bitwright.deploy.files import ExportReport
-from bitwright.deploy.targets.onnx import OnnxFile, export_onnx
+from bitwright.deploy.probe import read
+from bitwright.deploy.targets.onnx_file import OnnxFile, export_onnx
 from bitwright.deploy.targets.opened import Network, Opened
+from bitwright.deploy.targets.openvino_file import OpenVinoFile, export_openvino
 from bitwright.deploy.targets.packed import PackedFile, export_packed
+from bitwright.errors import BitwrightError
 
 EXPORT: dict[str, Callable[[nn.Module, Path, Tensor], ExportReport]] = {
     "onnx": export_onnx,
     "packed": export_packed,
+    "openvino": export_openvino,
 }
 OPEN: dict[str, Callable[[Path, Network], Opened]] = {
     "onnx": OnnxFile,
     "packed": PackedFile,
+    "openvino": OpenVinoFile,
 }
 
 
 def target_of(path: Path) -> str:
-    """The target that wrote `path`, by its content; "onnx" where it cannot be read, which then says so."""
-    try:
+    """The target that wrote `path`, by its content.
+
+    Raises:
+        BitwrightError: it is missing, damaged, or not written by `export`.
+    """
+    if path.is_file():
         with path.open("rb") as file:
-            start = file.read(9)
-    except OSError:
-        return "onnx"
-    return "packed" if start[8:] == b"{" else "onnx"  # safetensors: eight bytes of length, then JSON
+            if file.read(9)[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+                return "packed"
+    target = {p.key: p.value for p in read(path).metadata_props}.get("target", "onnx")
+    if target not in OPEN:
+        raise BitwrightError(f"{path}: is of target {target!r}; known are {', '.join(OPEN)}")
+    return target

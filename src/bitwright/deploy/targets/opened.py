@@ -4,9 +4,13 @@ import copy
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
+from bitwright.deploy.builder import container_zero
 from bitwright.deploy.integer import InputCodes, IntLayer
+from bitwright.deploy.probe import code_tensors
 from bitwright.layers import QuantLayer, unswap
 from bitwright.layers.output import detach_output
 
@@ -50,3 +54,12 @@ def float_twin(model: nn.Module) -> nn.Module:
         if isinstance(module, QuantLayer):
             unswap(module, next(kind for kind in type(module).__mro__ if not issubclass(kind, QuantLayer)))
     return twin
+
+
+def frozen_codes(network: Network, found: dict[str, np.ndarray]) -> dict[str, list[Tensor]]:
+    """Codes by quantizer and call, int16 as in the frozen form, of tensors as a file of ours names and holds them."""
+    tensors = {name: torch.from_numpy(k.astype(np.int16)) for name, k in found.items()}
+    return {
+        name: [tensors[at] - container_zero(network.codes[name]) for at in code_tensors({name: count})]
+        for name, count in network.calls.items()
+    }

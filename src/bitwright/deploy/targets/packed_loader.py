@@ -6,9 +6,9 @@ no bitwright. `load(path, model)` replaces each quantized layer by one that comp
 The file: safetensors whose metadata has `format` and `version`, and as `network` a JSON object {"layers": {name:
 fields}, "sums", "outputs", "norms"}. Per layer: `NAME.packed`, int32 words that hold unsigned codes of `bits` bits
 each, one after the other from the lowest bit upwards (compressed-tensors' `pack_to_int32` of the flattened weight,
-codes less 2^(bits - 1)); weight = (step * code + offset) * `NAME.scale`, per output channel or (1,); `NAME.bias_codes`, int32 on
-the grid input scale * scale, or `NAME.bias`, float32. Norms that followed a layer are folded into it. Everything else
-is stored as it was, under its own name.
+codes less 2^(bits - 1)); weight = (step * code + offset) * `NAME.scale`, per output channel or (1,);
+`NAME.bias_codes`, int32 on the grid input scale * scale, or `NAME.bias`, float32. Norms that followed a layer are
+folded into it. Everything else is stored as it was, under its own name.
 """
 
 import json

@@ -3,20 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from bitwright.deploy.builder import container_zero
 from bitwright.deploy.capture import first_line, quiet_export
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
-from bitwright.deploy.integer import InputCodes, IntLayer, IntLinear
+from bitwright.deploy.integer import InputCodes, IntLayer
 from bitwright.deploy.lower import LayerFile, lower
 from bitwright.deploy.packing import OPSET
-from bitwright.deploy.probe import Probe, code_tensors, open_session, read, run_session
-from bitwright.deploy.targets.opened import Network
+from bitwright.deploy.probe import frozen_weights, open_session, probe_graph, read, run_session
+from bitwright.deploy.targets.opened import Network, frozen_codes
 from bitwright.errors import BitwrightError
 
 
@@ -83,11 +83,6 @@ def export_onnx(model: nn.Module, path: Path, example: Tensor) -> ExportReport:
     return report(path, write(proto, path, example.cpu()), proto, layers, "onnx")
 
 
-def frozen_layout(layer: IntLayer, values: Tensor) -> Tensor:
-    """A weight as the file holds it, (in, out) for a linear layer, as the layer holds it."""
-    return values.T if isinstance(layer, IntLinear) else values
-
-
 class OnnxFile:
     """The file in onnxruntime at default settings: predictions from the file as it is, codes and weights from a
     second session on a copy in memory whose integer tensors are outputs as well.
@@ -97,17 +92,15 @@ class OnnxFile:
         proto = read(path)
         self.path, self.network = path, network
         self.session = open_session(str(path), path, providers)
-        self.probe = Probe(proto, path, network.layers, network.calls, network.example, providers)
-        self.weights, self.biases = {}, {}
-        for name, layer in network.layers.items():
-            self.weights[name] = frozen_layout(layer, self.probe.constants[f"{name}.weight"])
-            if layer.bias is not None:
-                self.biases[name] = self.probe.bias(name).reshape(-1)
+        self.graph = probe_graph(proto, path, network.layers, network.calls)
+        self.probe = open_session(self.graph.proto.SerializeToString(), path, providers)
+        wanted = self.graph.wanted
+        values = run_session(self.probe, path, wanted, network.example) if wanted else []
+        constants = {name: torch.from_numpy(np.array(v)) for name, v in zip(wanted, values, strict=True)}
+        self.weights, self.biases = frozen_weights(self.graph, network.layers, constants)
 
     def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
         logits = torch.from_numpy(run_session(self.session, self.path, None, x)[0])
-        found, codes = self.probe.run(x), self.network.codes
-        return logits, {
-            name: [found[tensor] - container_zero(codes[name]) for tensor in code_tensors({name: count})]
-            for name, count in self.network.calls.items()
-        }
+        names = self.graph.codes
+        out = run_session(self.probe, self.path, names, x) if names else []
+        return logits, frozen_codes(self.network, dict(zip(names, out, strict=True)))
