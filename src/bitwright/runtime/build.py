@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import logging
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ SOURCES = sorted(Path(__file__).with_name("native").glob("*.[ch]"), key=lambda p
 # Contraction would turn a product and a sum into one rounding; the rule has two.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC"]
 PATHS = ("plain", "avx2", "vnni")
+
+logger = logging.getLogger("bitwright")
 
 
 @functools.cache
@@ -28,9 +31,12 @@ def library() -> ctypes.CDLL | str:
     return found
 
 
+@functools.cache
 def available() -> tuple[str, ...]:
     """Names of the paths that this machine can run, best first; "reference" (numpy) is the last and always there."""
     found = library()
+    if isinstance(found, str):
+        logger.warning("native kernels are off, the numpy reference is slow but the same: %s", found)
     best = found.bw_best_path() if isinstance(found, ctypes.CDLL) else -1
     return (*reversed(PATHS[: best + 1]), "reference")
 

@@ -109,8 +109,8 @@ class Tail:
     codes: Codes | None = None
 
 
-def tail_of(graph: Graph, value: str) -> Tail:
-    """Follow an output to the quantizer behind it, over Relu, Clip and MaxPool.
+def tail_of(graph: Graph, value: str, image: bool) -> Tail:
+    """Follow an output to the quantizer behind it, over Relu, Clip and, where it is an image, MaxPool.
 
     Rounding is monotonic, so bounds and maxima may as well follow it: they become bounds of codes and pools of codes.
     Without a quantizer at the end only a leading Relu is taken.
@@ -122,7 +122,7 @@ def tail_of(graph: Graph, value: str) -> Tail:
         if between is not None:
             bounds.append(between)
             tail.relu |= node.op_type == "Relu"
-        elif node.op_type == "MaxPool" and len(node.output) == 1:
+        elif image and node.op_type == "MaxPool" and len(node.output) == 1:
             window = window_of(graph, node, tuple(graph.attributes(node)["kernel_shape"]))
             if window is None:
                 break

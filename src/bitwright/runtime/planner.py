@@ -71,11 +71,8 @@ class Planner:
         for node in graph.nodes:
             if node.output[0] in graph.constant or node.output[0] in self.done:
                 continue
-            if {n for p in self.pending for n in p.output} & set(node.input):
-                # Only what reads a pending value must wait for it; another foreign node joins it.
-                if node.op_type not in HANDLERS:
-                    self.pending.append(node)
-                    continue
+            waits = {n for p in self.pending for n in p.output} & set(node.input)
+            if waits and quantizer_of(graph, node) is not None:
                 self.flush()
             handler = HANDLERS.get(node.op_type)
             if handler is None or not handler(self, node):
@@ -156,12 +153,12 @@ class Planner:
 
     def finish(self, node: NodeProto, op: Callable[[Codes | None, bool], Op], inputs: list[Value]) -> bool:
         """Emit `op` for a node together with what follows it: quantizer, bounds, pools, or a Relu."""
-        tail = tail_of(self.graph, node.output[0])
         image = inputs[0].image
+        tail = tail_of(self.graph, node.output[0], image)
         layer = node.name or node.output[0]
         self.take(tail.nodes)
         made = op(tail.codes, tail.relu and tail.codes is None)
-        pools = tail.pools if image else []
+        pools = tail.pools
         last = Value(tail.value, tail.codes, image)
         value = last if not pools else Value(f"{tail.value}#0", tail.codes, image)
         self.emit(made, inputs, tail.value, value, layer)
@@ -309,11 +306,11 @@ def add(plan: Planner, node: NodeProto) -> bool:
     """A sum of two images or of two plain tensors of one shape; of codes where a quantizer follows."""
     a, b = (plan.values.get(name) for name in node.input)
     shapes = [plan.graph.shapes.get(name) for name in node.input]
-    if a is None or b is None or None in shapes or shapes[0] != shapes[1] or 1 not in (a.kind, b.kind):
+    if a is None or b is None or None in shapes or shapes[0] != shapes[1] or (a.kind, b.kind) != (1, 1):
         return False
-    if a.image != b.image:
+    if plan.rank(node.input[0]) == 4:
         a, b = (plan.as_image(v, n) or v for v, n in ((a, node.input[0]), (b, node.input[1])))
-    tail = tail_of(plan.graph, node.output[0])
+    tail = tail_of(plan.graph, node.output[0], a.image)
     if a.codes is not None and b.codes is not None and tail.codes is not None:
         first, second = a.codes, b.codes
         return plan.finish(node, lambda codes, _: Add(first, second, codes or first), [a, b])

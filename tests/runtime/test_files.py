@@ -1,0 +1,192 @@
+"""Whole files: every path is the reference, and the reference is the file in onnxruntime."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from graphs import Net, residual_net
+from onnx import TensorProto, helper
+from running import PATHS
+
+import bitwright as bw
+from bitwright.errors import BitwrightError
+from bitwright.runtime import load
+from bitwright.runtime.session import Session
+from bitwright.training.models.resnet import CifarResNet
+
+
+def saved(model: onnx.ModelProto, path) -> str:
+    path.write_bytes(model.SerializeToString())
+    return str(path)
+
+
+def in_onnxruntime(path: str, x: np.ndarray, *outputs: str) -> list[np.ndarray]:
+    model = onnx.load(path)
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in outputs)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return [np.asarray(v) for v in session.run(None, {"input": x})]
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("shared", [False, True])
+def test_residual_networks(tmp_path, shared, bits):
+    """Codes of every quantizer are onnxruntime's but for ties, predictions are equal, every kind of kernel runs."""
+    path = saved(residual_net(np.random.default_rng(bits), shared=shared, bits=bits), tmp_path / "net.onnx")
+    x = normal(3, 3, 45, 39)
+    session = load(path, kernels="reference")
+    values = session.program.interpret(x)
+    names = [name for name in values if name.endswith(".codes")]
+    logits, *codes = in_onnxruntime(path, x, *names)
+    assert len(names) > 9
+    for name, theirs in zip(names, codes, strict=True):
+        ours = values[name] if theirs.ndim != 4 else np.moveaxis(values[name], 3, 1)
+        assert len(np.unique(theirs)) > 4, f"{name} shows nothing"
+        off = np.abs(ours.astype(int) - theirs)
+        assert off.max() <= 1, name
+        assert (off > 0).mean() <= 1e-3, name
+    np.testing.assert_allclose(values[session.output], logits, rtol=1e-3, atol=1e-2)
+    np.testing.assert_array_equal(values[session.output].argmax(1), logits.argmax(1))
+    rows = session.describe()
+    assert {"winograd", "direct", "depthwise"} <= {row["kernel"] for row in rows}
+    assert {row["kernel"] for row in rows if row["layer"] in ("one.a", "one.b")} == {"winograd"}
+    assert not [row for row in rows if row["op"] == "host"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_are_the_reference(tmp_path, path):
+    """Bit for bit, with and without Winograd, over batch sizes and threads."""
+    file = saved(residual_net(np.random.default_rng(1), shared=False), tmp_path / "net.onnx")
+    x = normal(5, 3, 45, 39)
+    want = load(file, kernels="reference").run(x)
+    native = load(file, kernels=path)
+    np.testing.assert_array_equal(native.run(x), want)
+    np.testing.assert_array_equal(native.run(x[:2]), want[:2])
+    np.testing.assert_array_equal(native.run(x), want)
+    np.testing.assert_array_equal(load(file, kernels=path, winograd=False).run(x), want)
+    np.testing.assert_array_equal(load(file, kernels=path, threads=2).run(x), want)
+
+
+def cifar_net() -> tuple[torch.nn.Module, torch.Tensor]:
+    model, x = CifarResNet(8, 10, 3, width=16), torch.randn(8, 3, 16, 16)
+    model.train()
+    with torch.no_grad():
+        model(x)
+    bw.prepare(model.eval(), bw.rules("w4a4"))
+    bw.calibrate(model, [x]).eval()
+    bw.snap_biases(model, x)
+    return model, x
+
+
+def test_float_residuals(tmp_path):
+    """A file of the textbook topology: float sums, slices and pads of floats between integer convolutions."""
+    model, x = cifar_net()
+    path = str(bw.export(model, tmp_path / "net.onnx", x).path)
+    (want,) = in_onnxruntime(path, x.numpy())
+    for kernels in ("reference", None):
+        out = load(path, kernels=kernels).run(x.numpy())
+        np.testing.assert_array_equal(out.argmax(1), want.argmax(1))
+        np.testing.assert_allclose(out, want, atol=1e-4 * np.abs(want).max())
+    with torch.no_grad():
+        np.testing.assert_array_equal(model(x).argmax(1).numpy(), want.argmax(1))
+
+
+def test_what_is_unknown_runs_in_onnxruntime(tmp_path):
+    """Softmax, LayerNormalization and a product of two activations between integer layers."""
+    net = Net(np.random.default_rng(0))
+    x = net.linear(net.quantized("input", "a.input", 0.03, 8, signed=True), "a", 4, 24, 24)
+    ones, zeros = (net.constant(n, np.full(24, v, np.float32)) for n, v in (("ones", 1), ("zeros", 0)))
+    x = net.node("LayerNormalization", [x, ones, zeros], "norm", axis=-1)
+    weights = net.node("Softmax", [net.node("MatMul", [x, net.node("Transpose", [x], "t", perm=[0, 2, 1])], "s")], "p")
+    x = net.node("MatMul", [weights, x], "mixed")
+    x = net.linear(net.quantized(x, "b.input", 0.02, 8, signed=True), "b", 3, 24, 7)
+    path = saved(net.model(x, 3, None, 5, 24), tmp_path / "net.onnx")
+    x = normal(3, 5, 24)
+    (want,) = in_onnxruntime(path, x)
+    session = load(path)
+    np.testing.assert_allclose(session.run(x), want, atol=0.03)
+    np.testing.assert_array_equal(session.run(x).argmax(-1), want.argmax(-1))
+    hosts = [row["kernel"] for row in session.describe() if row["op"] == "host"]
+    assert hosts == ["onnxruntime: LayerNormalization, MatMul, Softmax, Transpose"]
+
+
+def tiny(tmp_path, **attributes) -> str:
+    """One convolution of 8 channels over a free image."""
+    net = Net(np.random.default_rng(0))
+    x = net.conv(net.quantized("input", "c.input", 0.1, 4), 0.1, "c", 4, 4, 8, 3, 3, **attributes)
+    return saved(net.model(net.quantized(x, "out", 0.1, 8), 4, None, None, None, None), tmp_path / "net.onnx")
+
+
+def test_images_of_any_size(tmp_path):
+    path = tiny(tmp_path, pads=[1, 0, 1, 1])
+    session: Session = load(path)
+    for shape in ((1, 8, 5, 9), (2, 8, 12, 3), (1, 8, 5, 9)):
+        x = normal(*shape)
+        np.testing.assert_array_equal(session.run(x), in_onnxruntime(path, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 7, 5, 5), r"c: has 8 input channels and is given 7"),
+        ((1, 8, 2, 5), r"an image of 2 x 5 is smaller than the kernel"),
+        ((8, 5, 5), r"the input is 8 x 5 x 5; any x any x any x any is accepted"),
+        ((0, 8, 5, 5), r"the input is empty"),
+    ],
+)
+def test_inputs_that_do_not_fit(tmp_path, shape, message):
+    with pytest.raises(BitwrightError, match=message):
+        load(tiny(tmp_path)).run(np.zeros(shape, np.float32))
+
+
+def test_files_that_do_not_open(tmp_path):
+    whole = residual_net(np.random.default_rng(0), shared=True).SerializeToString()
+    for content, message in ((whole[:-999], "damaged"), (b"PK\x03\x04", "damaged"), (None, "cannot be read")):
+        path = tmp_path / "x.onnx"
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(BitwrightError, match=message):
+            load(path)
+    two = onnx.ModelProto.FromString(whole)
+    two.graph.output.append(two.graph.output[0])
+    with pytest.raises(BitwrightError, match="one float32 input and one output"):
+        load(saved(two, tmp_path / "two.onnx"))
+    with pytest.raises(BitwrightError, match="threads: 0 is not accepted"):
+        load(tiny(tmp_path), threads=0)
+
+
+def test_weights_that_lie_about_their_size(tmp_path):
+    """A raw tensor shorter than its shape says is refused before any kernel sees it."""
+    model = residual_net(np.random.default_rng(0), shared=True)
+    tensor = next(t for t in model.graph.initializer if t.name == "stem.codes")
+    tensor.raw_data = tensor.raw_data[:-64]
+    with pytest.raises(BitwrightError):
+        load(saved(model, tmp_path / "net.onnx"))
+
+
+def test_without_a_compiler(tmp_path):
+    """The reference takes over, says so once, and gives the same numbers."""
+    path = saved(residual_net(np.random.default_rng(0), shared=True), tmp_path / "net.onnx")
+    x = normal(1, 3, 45, 39)
+    np.save(tmp_path / "x.npy", x)
+    code = (
+        "import sys, numpy as np\n"
+        "from bitwright.runtime import load\n"
+        "s = load(sys.argv[1]); print(s.path); np.save(sys.argv[3], s.run(np.load(sys.argv[2])))\n"
+    )
+    out = str(tmp_path / "y.npy")
+    command = [sys.executable, "-c", code, path, str(tmp_path / "x.npy"), out]
+    environment = {**os.environ, "CC": "no-such-compiler", "BITWRIGHT_CACHE": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["reference"]
+    assert done.stderr.count("native kernels are off") == 1
+    np.testing.assert_array_equal(np.load(out), load(path).run(x))
