@@ -181,16 +181,19 @@ class Lowering(GraphBuilder):
             raise BitwrightError(f"{name}: a {type(layer).__name__} cannot be written to ONNX")
 
 
-def lower(model: onnx.ModelProto, frozen: nn.Module) -> tuple[onnx.ModelProto, list[LayerFile]]:
+def lower(
+    model: onnx.ModelProto, frozen: nn.Module, kind: type[Lowering] = Lowering
+) -> tuple[onnx.ModelProto, list[LayerFile]]:
     """A new model with every placeholder replaced, free of metadata, and how each layer's weight is stored.
 
     Args:
         model: exported with placeholders; opset 21 or later.
         frozen: the frozen form that was exported.
+        kind: what placeholders become; a target with operators of its own overrides some of `Lowering`.
     """
     layers = {m.name: m for m in frozen.modules() if isinstance(m, IntLayer)}
     codes = {m.name: m for m in frozen.modules() if isinstance(m, InputCodes)}
-    work = Lowering(clippings=clippings(model.graph), layers=layers, quantizers=codes)
+    work = kind(clippings=clippings(model.graph), layers=layers, quantizers=codes)
     for node in model.graph.node:
         if node.domain == DOMAIN:
             work.replace(node)
