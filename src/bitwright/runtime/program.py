@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.errors import BitwrightError
 from bitwright.runtime import build, reference
 from bitwright.runtime.native import Bound, NativeOp, bind, buffer
 from bitwright.runtime.ops import Op, Shape, View, gives_floats
@@ -93,6 +94,7 @@ class Compiled:
         self.arrays: dict[str, NDArray] = {program.input: np.zeros(shape, np.float32)}
         self.parts: list[ctypes.Array[NativeOp] | Step] = []
         self.readers: list[NativeOp] = []
+        self.natives: dict[str, NativeOp] = {}
         self.bound: list[Bound] = []
         owner: dict[str, NDArray[np.uint8]] = {}
         roots, last = program.roots(), program.last_use()
@@ -137,6 +139,7 @@ class Compiled:
             part[i] = bound.native(first, others[0] if others else first, output, 0)
             if step.inputs[0] == self.program.input:
                 self.readers.append(part[i])
+            self.natives[step.layer] = part[i]
             self.bound.append(bound)
         self.parts.append(part)
         run.clear()
@@ -156,6 +159,14 @@ class Compiled:
                 else:
                     build.run(part, self.path)
             return self.arrays[self.program.output].copy()
+
+    def step_alone(self, layer: str) -> Callable[[], None]:
+        """One native step of a layer, on whatever its buffers hold."""
+        found = self.natives.get(layer)
+        if found is None:
+            raise BitwrightError(f"no native step is called {layer!r}; there are {', '.join(self.natives)}")
+        single = (NativeOp * 1)(found)
+        return lambda: build.run(single, self.path)
 
 
 def placed(raw: NDArray[np.uint8], shape: Shape, dtype: np.dtype) -> NDArray:

@@ -1,6 +1,7 @@
 """`load`: an exported file as something that runs."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,18 @@ class Session:
         while len(self.compiled) > SHAPES_KEPT * self.threads:
             self.compiled.popitem(last=False)
         return self.compiled[key]
+
+    def step_alone(self, x: NDArray, layer: str) -> Callable[[], None]:
+        """A function that runs one native step again and again on what a run on `x` gave it; for benchmarks.
+
+        Raises:
+            BitwrightError: no native step has that name, or the session runs the reference.
+        """
+        if self.path == "reference":
+            raise BitwrightError("a step alone needs compiled kernels; this session runs the reference")
+        compiled = self.bound(self.checked(x).shape, 0)
+        compiled.run(self.checked(x))
+        return compiled.step_alone(layer)
 
     def describe(self) -> list[dict[str, Any]]:
         """One row per step: `layer`, `op`, `kernel` ("winograd", "direct", "depthwise", "native" or what runs it)."""
