@@ -11,10 +11,12 @@ from bitwright.grids import Shape
 from bitwright.layers import (
     OUTPUT,
     QuantLayer,
+    SharedInput,
     attach_output,
     detach_output,
     has_output,
     is_quantized,
+    quantizer_in,
     swap,
     target_class,
     unswap,
@@ -47,14 +49,20 @@ def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
         raise BitwrightError(f"rules: nothing to quantize in this {type(model).__name__}")
     originals = {module: type(module) for module in model.modules()}
     first = next(iter(weight_layers(model)), None)
+    shared: dict[str, str] = {}
     try:
         for name, fields in wanted.items():
             module = model.get_submodule(name)
-            output = fields.pop("output", None)
+            output, shares = fields.pop("output", None), fields.pop("shares", None)
+            if shares is not None:
+                shared[name] = shares
+                fields.pop("input", None)
             if fields:
                 add_quantizers(swap(module, name), name, fields, is_first=name == first)
             if output is not None:
                 attach_output(module, output_quantizer(module, name, output, model))
+        for name, source in shared.items():
+            share_output(model, name, source)
         for name, module in model.named_modules():
             target = target_class(module)
             if target and any(is_quantized(module.get_submodule(child)) for child in target.reads):
@@ -80,6 +88,15 @@ def output_quantizer(module: nn.Module, name: str, spec: QuantizerSpec, model: n
         raise BitwrightError(f"{name}: {error}") from None
     like = next(chain(module.parameters(), model.parameters()), None)
     return at_home(quantizer, f"{name}.{OUTPUT}", module.training, like)
+
+
+def share_output(model: nn.Module, name: str, source: str) -> None:
+    """Let the layer `name` read the output quantizer of the module `source`."""
+    module = dict(model.named_modules()).get(source)
+    quantizer = None if module is None else quantizer_in(module, OUTPUT)
+    if quantizer is None:
+        raise BitwrightError(f"{name}: shares: {source!r} has no output quantizer; give it one by a rule with `output`")
+    swap(model.get_submodule(name), name).input_quantizer = SharedInput(quantizer)  # pyright: ignore
 
 
 def at_home(quantizer: Quantizer, name: str, training: bool, like: Tensor | None) -> Quantizer:

@@ -28,6 +28,8 @@ class Rule(BaseModel, metaclass=OneLineErrors):
         residual: quantizer of both operands of `bitwright.layers.Add`.
         output: quantizer of the module's output, for any module but containers (`bitwright.topology` makes such
             rules); patterns then range over all modules.
+        shares: name of the module whose output quantizer stands for the layer's input quantizer, whatever `input`
+            says; for convolutions and linear layers that read exactly that output.
 
     Raises:
         BitwrightError: a key or a value is not accepted (one line).
@@ -41,6 +43,7 @@ class Rule(BaseModel, metaclass=OneLineErrors):
     attention: QuantizerSpec | None = None
     residual: QuantizerSpec | None = None
     output: QuantizerSpec | None = None
+    shares: str | None = None
 
     @field_validator("match", mode="before")
     @classmethod
@@ -115,11 +118,14 @@ def slot_field(slot: str, kind: type[nn.Module]) -> str:
 def fields_of(module: nn.Module) -> set[str]:
     """The fields of `Rule` that mean something for `module`: a residual add has no weight, say."""
     kind = target_class(module)
-    return {slot_field(slot, kind) for slot in (*kind.weight_slots, *kind.input_slots)} if kind else set()
+    if kind is None:
+        return set()
+    shares = {"shares"} if issubclass(kind, nn.Conv1d | nn.Conv2d | nn.Linear) else set()
+    return shares | {slot_field(slot, kind) for slot in (*kind.weight_slots, *kind.input_slots)}
 
 
-def resolve(model: nn.Module, rules: list[Rule]) -> dict[str, dict[str, QuantizerSpec]]:
-    """What every module gets: {name: {rule field: spec}}; those that stay float are absent.
+def resolve(model: nn.Module, rules: list[Rule]) -> dict[str, dict[str, Any]]:
+    """What every module gets: {name: {rule field: spec, or a name for `shares`}}; those that stay float are absent.
 
     Raises:
         BitwrightError: a pattern names no module that could be quantized.
@@ -128,7 +134,7 @@ def resolve(model: nn.Module, rules: list[Rule]) -> dict[str, dict[str, Quantize
     outputs = {n: m for n, m in model.named_modules() if n and takes_output(m)}
     ordered = weight_layers(model)
     ends = {"first": ordered[0], "last": ordered[-1]} if ordered else {}
-    found: dict[str, dict[str, QuantizerSpec | None]] = {name: {} for name in (*layers, *outputs)}
+    found: dict[str, dict[str, Any]] = {name: {} for name in (*layers, *outputs)}
     for index, rule in enumerate(rules):
         said = rule.model_fields_set - {"match"}
         for pattern in rule.match:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from bitwright.errors import BitwrightError
 from bitwright.flow import Flow, Value, trace
 from bitwright.layers import candidates, is_quantized
-from bitwright.rules import Rule, resolve
+from bitwright.rules import Rule, resolve, weight_layers
 from bitwright.spec import QuantizerSpec
 
-Topology = Literal["fpres", "res8"]
-TOPOLOGIES = ("fpres", "res8")
+Topology = Literal["fpres", "res8", "shared"]
+TOPOLOGIES = ("fpres", "res8", "shared")
 
 # Runtimes merge these into the kernel before, and a quantizer behind them into it as well.
 FUSED = {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "clip"}
@@ -47,7 +47,8 @@ def topology(
         example: an input batch; its first sample is used.
         kind: "fpres": none, sums are float. "res8" (default): 8-bit quantizers on the output of every convolution
             (behind its norm and activation) that is not read by one input quantizer alone, and on every sum of such
-            outputs.
+            outputs. "shared": as res8, but a tensor that convolutions or linear layers read is quantized once, at
+            the bits of their inputs, for them and for the sum; it needs `rules`.
         rules: those for weights and inputs: a layer that they leave in float, weight or input, counts as float here.
             None: every layer that can be quantized is.
         bits: of these quantizers.
@@ -55,7 +56,8 @@ def topology(
             its own start value leaves three quarters of an 8-bit range unused.
 
     Raises:
-        BitwrightError: `kind` is unknown, the model is prepared already, or a rule names no layer.
+        BitwrightError: `kind` is unknown, "shared" came without rules, the model is prepared already, or a rule names
+            no layer.
     """
     if kind not in TOPOLOGIES:
         raise BitwrightError(f"topology {kind!r} is not accepted; use {', '.join(TOPOLOGIES)}")
@@ -65,9 +67,50 @@ def topology(
         return []
     options = grid_options if grid_options is not None else {"init": "mse"} if grid == "lsq" else {}
     spec = QuantizerSpec(bits=bits, grid=grid, grid_options=options)  # pyright: ignore[reportArgumentType]
-    layers = integer_layers(model, rules)
-    names = list(dict.fromkeys(places(model, trace(model, example), layers)))
-    return [Rule(match=tuple(names), output=spec)] if names else []
+    if kind == "shared" and rules is None:
+        raise BitwrightError("topology 'shared' takes the bits of inputs from rules; give rules=bw.rules(...)")
+    layers, flow = integer_layers(model, rules), trace(model, example)
+    found = dict(places(model, flow, layers))
+    made = [Rule(match=tuple(found), output=spec)] if found else []
+    if kind == "shared":
+        inputs = {n: fields["input"] for n, fields in resolve(model, list(rules or [])).items() if n in layers}
+        for name, value in found.items():
+            made += shared_input(model, flow, name, value, inputs)
+    return made
+
+
+def shared_input(
+    model: nn.Module, flow: Flow, name: str, value: Value, inputs: dict[str, QuantizerSpec]
+) -> Iterator[Rule]:
+    """Rules by which the layers that read `value`, the output of the module `name`, share its quantizer.
+
+    The widest of their input quantizers is shared by those who have the same; the others, the first and the last
+    layer of the model and layers that pad with anything but zeros keep their own.
+
+    inputs: {layer: its input quantizer's spec}.
+    """
+    ordered = weight_layers(model)
+    specs = {
+        n: inputs[n]
+        for n in readers(value)
+        if n in inputs
+        and n not in (ordered[0], ordered[-1])
+        and flow.calls[n] == 1
+        and not inputs[n].per_channel
+        and getattr(model.get_submodule(n), "padding_mode", "zeros") == "zeros"
+    }
+    if specs:
+        widest = max(specs.values(), key=lambda spec: spec.bits)
+        yield Rule(match=(name,), output=widest)
+        yield Rule(match=tuple(n for n, spec in specs.items() if spec == widest), shares=name)
+
+
+def readers(value: Value) -> Iterator[str]:
+    """Names of the modules whose functions read `value`, maybe behind moves of codes."""
+    for reader in value.readers:
+        yield reader.owner
+        if reader.kind in MOVED - {"pad"}:
+            yield from readers(reader)
 
 
 def integer_layers(model: nn.Module, rules: Sequence[Rule] | None) -> Mapping[str, nn.Module]:
@@ -79,8 +122,8 @@ def integer_layers(model: nn.Module, rules: Sequence[Rule] | None) -> Mapping[st
     return {n: m for n, m in layers.items() if {"weight", "input"} <= wanted.get(n, {}).keys()}
 
 
-def places(model: nn.Module, flow: Flow, layers: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Names of the modules whose outputs need a quantizer for `res8`, in the order of execution."""
+def places(model: nn.Module, flow: Flow, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Value]]:
+    """Names of the modules whose outputs need a quantizer for `res8`, and these outputs, in the order of execution."""
     convolutions = {n for n, m in layers.items() if isinstance(m, nn.Conv1d | nn.Conv2d)}
     sums: set[Value] = set()
     for value in flow.values:
@@ -96,9 +139,9 @@ def places(model: nn.Module, flow: Flow, layers: Mapping[str, nn.Module]) -> Ite
         end = settled(start)
         if any(v.leaves for v in end):
             continue
-        names = [name for v in reversed(end) for name in flow.once(v)]
+        names = [(name, v) for v in reversed(end) for name in flow.once(v)]
         # The same value may leave an identity inside a norm and the norm: the norm says more.
-        telling = [n for n in names if type(model.get_submodule(n)) is not nn.Identity]
+        telling = [(n, v) for n, v in names if type(model.get_submodule(n)) is not nn.Identity]
         yield from (telling or names)[:1]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bitwright.costs.bitops import FLOAT_BITS, bitops
 from bitwright.costs.macs import Macs, count_macs
 from bitwright.costs.size import FLOAT_BYTES, size_bytes
-from bitwright.layers import QuantLayer
+from bitwright.layers import QuantLayer, quantizer_in
 from bitwright.prepare import quantizers
 from bitwright.quantizer import Quantizer
 from bitwright.rules import weight_layers
@@ -145,8 +145,8 @@ def layer_bits(module: nn.Module) -> tuple[int, int]:
 
 def slot_bits(module: nn.Module, slot: str) -> int:
     """Bits of the quantizer in `slot`, 32 without one."""
-    quantizer = getattr(module, slot, None) if isinstance(module, QuantLayer) else None
-    return int(quantizer.bits.item()) if isinstance(quantizer, Quantizer) else FLOAT_BITS
+    quantizer = quantizer_in(module, slot) if isinstance(module, QuantLayer) else None
+    return FLOAT_BITS if quantizer is None else int(quantizer.bits.item())
 
 
 def product_rows(name: str, module: nn.Module, products: list[int]) -> Iterator[CostRow]:

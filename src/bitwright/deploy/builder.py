@@ -87,13 +87,15 @@ class GraphBuilder:
     def quantized(
         self, codes: InputCodes, x: str, *, integer: bool = True, pads: list[int] | None = None, mode: str = ""
     ) -> str:
-        """Quantize `x`; returns the dequantized tensor. With `pads` the codes are padded in between.
+        """Quantize `x`, unless it is already; returns the dequantized tensor. With `pads` the codes are padded between.
 
         With `integer` a runtime may compute on the codes; without, or where the zero points are no codes, nothing in
         the graph says that the tensor was quantized (onnxruntime would then quantize a float weight on its own).
         """
         name = codes.name.removesuffix(QUANTIZER)
         at = self.call(name)
+        if codes.shared:
+            return x if pads is None else self.padded(x, pads, mode, at)
         base = container_zero(codes)
         x, low, high = self.unclipped(codes, x)
         lo, hi = low + base, high + base

@@ -16,6 +16,7 @@ from bitwright.deploy.integer import symbol
 from bitwright.errors import BitwrightError
 from bitwright.layers import QuantConv1d, QuantConv2d, QuantLinear, attach_output, has_output
 from bitwright.prepare import quant_layers, quantizers, set_bypass
+from bitwright.quantizer import Quantizer
 
 ATEN = torch.ops.aten
 CONVOLUTIONS: dict[Any, int] = {  # axes of the output
@@ -88,7 +89,7 @@ def marked(model: nn.Module) -> nn.Module:
     set_bypass(quantizers(twin).values(), True)
     for layer in quant_layers(twin).values():
         for slot in layer.input_slots:
-            if getattr(layer, slot, None) is not None:
+            if isinstance(getattr(layer, slot, None), Quantizer):
                 setattr(layer, slot, Mark())
     for module in list(twin.modules()):
         if has_output(module):

@@ -39,11 +39,12 @@ from bitwright.layers import (
     QuantLayer,
     QuantLinear,
     QuantMultiheadAttention,
+    SharedInput,
     attach_output,
+    quantizer_in,
 )
 from bitwright.layers.attention import PRODUCT_SLOTS, QuantAttentionBase
 from bitwright.prepare import quant_layers, quantizers
-from bitwright.quantizer import Quantizer
 
 
 def freeze(model: nn.Module, example: Tensor) -> nn.Module:
@@ -137,11 +138,12 @@ def layer_plans(model: nn.Module, example: Tensor) -> dict[str, Plan]:
 
 def input_codes(layer: nn.Module, slot: str, name: str) -> InputCodes | None:
     """The integer form of the input or output quantizer in `slot`, or None."""
-    quantizer = getattr(layer, slot, None)
-    if not isinstance(quantizer, Quantizer):
+    quantizer = quantizer_in(layer, slot)
+    if quantizer is None:
         return None
     full = f"{name}.{slot}" if name else slot
-    return InputCodes(full, quantizer.affine(), quantizer.shape.axis, int(quantizer.bits.item()))
+    shared = isinstance(getattr(layer, slot), SharedInput)
+    return InputCodes(full, quantizer.affine(), quantizer.shape.axis, int(quantizer.bits.item()), shared)
 
 
 def weight_and_bias(

@@ -36,13 +36,15 @@ class InputCodes(nn.Module):
         name: of the quantizer in the training form. scale: (channels,) or (1,), float32, positive.
         zero: (1,) or (channels,), float32. whole: every zero point is one of the codes.
         lo, hi: bounds of the code. bits: bit-width. axis: channel axis, counted from the end.
+        shared: an output quantizer gave the tensor these codes already; taking them again changes nothing.
     """
 
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, name: str, affine: Affine, axis: int, bits: int):
+    def __init__(self, name: str, affine: Affine, axis: int, bits: int, shared: bool = False):
         super().__init__()
+        self.shared = shared
         self.name, self.lo, self.hi, self.axis, self.bits = name, affine.lo, affine.hi, axis, bits
         self.register_buffer("scale", affine.scale.float())
         self.register_buffer("zero", affine.zero.float())
@@ -131,6 +133,7 @@ class IntLayer(nn.Module):
     weight_float: Tensor | None
     bias: Tensor | None
     bias_codes: Tensor | None
+    input_quantizer: InputCodes | None
 
     def __init__(
         self,
@@ -141,7 +144,12 @@ class IntLayer(nn.Module):
         input_quantizer: InputCodes | None = None,
     ):
         super().__init__()
-        self.name, self.input_quantizer, self.placeholder = name, input_quantizer, False
+        self.name, self.placeholder = name, False
+        if input_quantizer is not None and input_quantizer.shared:
+            # No child: it is no quantizer of its own, neither in the file nor for those who compare codes.
+            self.__dict__["input_quantizer"] = input_quantizer
+        else:
+            self.input_quantizer = input_quantizer
         self.late_bias = False
         self.packed = weight if isinstance(weight, Weight) else None
         self.bits = self.packed.bits if self.packed else 32

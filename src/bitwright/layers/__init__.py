@@ -9,7 +9,15 @@ from bitwright.layers.attention import QuantMultiheadAttention, scaled_dot_produ
 from bitwright.layers.base import QuantLayer
 from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
 from bitwright.layers.linear import QuantEmbedding, QuantLinear
-from bitwright.layers.output import OUTPUT, attach_output, detach_output, has_output, takes_output
+from bitwright.layers.output import (
+    OUTPUT,
+    SharedInput,
+    attach_output,
+    detach_output,
+    has_output,
+    quantizer_in,
+    takes_output,
+)
 from bitwright.layers.swap import candidates, is_quantized, quantizable, swap, target_class, unswap, why_not
 
 __all__ = [
@@ -23,12 +31,14 @@ __all__ = [
     "QuantLayer",
     "QuantLinear",
     "QuantMultiheadAttention",
+    "SharedInput",
     "attach_output",
     "candidates",
     "detach_output",
     "has_output",
     "is_quantized",
     "quantizable",
+    "quantizer_in",
     "scaled_dot_product",
     "swap",
     "takes_output",

@@ -1,4 +1,4 @@
-"""Output quantizers: any module's output on a grid, by a forward hook."""
+"""Output quantizers: any module's output on a grid, by a forward hook; and inputs that share one."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
+from bitwright.quantizer import Quantizer
 
 OUTPUT = "output_quantizer"
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -27,6 +28,32 @@ def quantize_output(module: nn.Module, args: Any, output: Any) -> Tensor:
         # Models add to it in place, after which it is no longer what the quantizer made.
         quantized.__dict__.pop("bitwright_source", None)
     return quantized
+
+
+class SharedInput(nn.Module):
+    """Stands in a layer's input slot where the input has the codes of an output quantizer already; does nothing.
+
+    Attributes:
+        source: that quantizer, which is the child of another module and not of this one: it is in the state dict, in
+            the optimizer and in tables once. A copy of the whole model keeps the reference.
+    """
+
+    source: Quantizer
+
+    def __init__(self, source: Quantizer):
+        super().__init__()
+        self.__dict__["source"] = source
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def quantizer_in(layer: nn.Module, slot: str) -> Quantizer | None:
+    """The quantizer that `slot` of a layer holds or refers to; None where that tensor is float."""
+    found = getattr(layer, slot, None)
+    if isinstance(found, SharedInput):
+        return found.source
+    return found if isinstance(found, Quantizer) else None
 
 
 def attach_output(module: nn.Module, quantizer: nn.Module) -> None:

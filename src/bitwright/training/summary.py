@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import bitwright
-from bitwright.layers import OUTPUT
+from bitwright.costs.table import slot_bits
+from bitwright.layers import OUTPUT, SharedInput
 from bitwright.methods import Method
-from bitwright.prepare import quantizers
+from bitwright.prepare import quant_layers, quantizers
 from bitwright.training.data import Dataset
 from bitwright.training.recipe import Recipe
 
@@ -26,6 +27,9 @@ def layer_bits(model: nn.Module) -> dict[str, dict[str, int]]:
         layer, _, slot = name.rpartition(".")
         key = layer if slot in ("weight_quantizer", "input_quantizer", OUTPUT) else name
         found["output" if slot == OUTPUT else quantizer.shape.role][key] = int(quantizer.bits.item())
+    for name, layer in quant_layers(model).items():
+        if isinstance(getattr(layer, "input_quantizer", None), SharedInput):
+            found["input"][name] = slot_bits(layer, "input_quantizer")
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bitwright.constraints import Constraint
 from bitwright.costs import CostTable
 from bitwright.errors import BitwrightError
+from bitwright.layers import SharedInput
 from bitwright.methods.adaqat.cost import FLOAT_BITS, LayerCost, make_rows, meet_budget, parse_budget, total
 from bitwright.methods.adaqat.rule import Width, relative_update, update
 from bitwright.methods.base import Method
@@ -139,6 +140,11 @@ class AdaQAT(Method):
         for name, layer in found.items():
             if any(matches(p, name, layer, ends) for p in fixed):
                 continue
+            if isinstance(getattr(layer, "input_quantizer", None), SharedInput):
+                raise BitwrightError(
+                    f"adaqat: {name} shares the quantizer of its input with a sum, whose bits are nobody's to learn; "
+                    "use topology: res8 or fpres"
+                )
             quantizers = layer.quantizers()
             roles = {
                 "weight": [q for slot, q in quantizers.items() if slot in layer.weight_slots],
