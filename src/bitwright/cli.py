@@ -142,14 +142,20 @@ def evaluate_run(run: Run, data_dir: DataDir = None, cache: Cache = None, as_jso
 @app.command()
 def export(
     run: Run,
-    to: Annotated[str, typer.Option("--to", help="Format: onnx.")] = "onnx",
-    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE", help="Default: RUN/model.onnx.")] = None,
+    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="See docs/deployment.md.")] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Default: RUN/model.onnx for onnx.")
+    ] = None,
     data_dir: DataDir = None,
     cache: Cache = None,
 ) -> None:
-    """Write the deployable file."""
+    """Write the deployable file for TARGET: onnx, packed, openvino, qonnx or compressed-tensors."""
+    from bitwright.deploy.targets import EXPORT
+    from bitwright.errors import BitwrightError
     from bitwright.training.folder import load_run
 
+    if out is None and to in EXPORT and to != "onnx":
+        raise BitwrightError(f"--to {to}: say where with -o FILE; RUN/model.onnx is kept for onnx")
     loaded = load_run(run, data_dir=data_dir, cache=cache)
     _export(loaded, out or loaded.folder.model, to)
 

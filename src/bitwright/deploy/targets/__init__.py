@@ -11,17 +11,20 @@ from bitwright.deploy.targets.onnx_file import OnnxFile, export_onnx
 from bitwright.deploy.targets.opened import Network, Opened
 from bitwright.deploy.targets.openvino_file import OpenVinoFile, export_openvino
 from bitwright.deploy.targets.packed import PackedFile, export_packed
+from bitwright.deploy.targets.qonnx_file import QonnxFile, export_qonnx
 from bitwright.errors import BitwrightError
 
 EXPORT: dict[str, Callable[[nn.Module, Path, Tensor], ExportReport]] = {
     "onnx": export_onnx,
     "packed": export_packed,
     "openvino": export_openvino,
+    "qonnx": export_qonnx,
 }
 OPEN: dict[str, Callable[[Path, Network], Opened]] = {
     "onnx": OnnxFile,
     "packed": PackedFile,
     "openvino": OpenVinoFile,
+    "qonnx": QonnxFile,
 }
 
 
