@@ -12,6 +12,7 @@ from bitwright.errors import BitwrightError
 from bitwright.methods.base import Batch, Method
 from bitwright.methods.bwrf.blocks import GRANULARITIES, Tap, find, find_blocks
 from bitwright.methods.kd import kd_loss
+from bitwright.methods.lean import lean_copy
 from bitwright.methods.probe import unwrap
 from bitwright.prepare import quantizers
 
@@ -39,11 +40,26 @@ class Partner:
     """
 
     def __init__(self, model: nn.Module, blocks: list[str]):
-        self.model = model.requires_grad_(False).eval()
         self.blocks = blocks
-        inside = unwrap(model)
-        self.taps = [Tap(always=True) for _ in blocks]
-        self.handles = [tap.attach(inside.get_submodule(name)) for tap, name in zip(self.taps, blocks, strict=True)]
+        self.handles: list[Any] = []
+        self._attach(model.requires_grad_(False).eval())
+
+    def slim(self, x: Tensor) -> None:
+        """From now on run a lean copy of the network (`lean_copy`); `x`: a few rows of input."""
+
+        def outputs(model: nn.Module, x: Tensor) -> list[Any]:
+            logits, blocks = Partner(model, self.blocks).plain(x)
+            return [logits, *blocks]
+
+        self._attach(lean_copy(self.model, x, outputs))
+
+    def _attach(self, model: nn.Module) -> None:
+        """Listen to the blocks of `model`, and to no other."""
+        for handle in self.handles:
+            handle.remove()
+        self.model, inside = model, unwrap(model)
+        self.taps = [Tap(always=True) for _ in self.blocks]
+        self.handles = [tap.attach(inside.get_submodule(b)) for tap, b in zip(self.taps, self.blocks, strict=True)]
         self._listen(False)
 
     def _listen(self, alive: bool) -> None:
@@ -138,7 +154,8 @@ class BWRF(Method):
 
     Args:
         model: the model that is trained; the same architecture as `partner` up to quantizers.
-        partner: pretrained float network. It is frozen and put in evaluation mode, also again before each use.
+        partner: pretrained float network. It is frozen and put in evaluation mode, also again before each use. From
+            the first step on a lean copy of it runs (`bitwright.methods.lean`), in "prefix" order.
         blocks: names of the modules whose outputs end the blocks, in order, the last included; None: found
             (`find_blocks`). granularity: what is looked for then, "stage" (default) or "block".
         order: "prefix" (default): branch k is Q_1 ... Q_k F_k+1 ... F_n, so that Q_k's gradient crosses no further
@@ -243,6 +260,8 @@ class BWRF(Method):
             if h is None:
                 raise BitwrightError(f"bwrf: block {name!r} did not run in the model's training forward pass")
         if not self._checked:
+            if self.order == "prefix":  # suffixes quantize the partner's outputs: its very own
+                self.partner.slim(batch.x[:2])
             check_cut(self.partner, batch.x, features)
             self._checked = True
         branches = self.chosen()
