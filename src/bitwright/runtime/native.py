@@ -177,7 +177,7 @@ def bind_winograd(op: Conv, fields: dict[str, Any], arrays: dict[str, NDArray]) 
     block = min(tiles, max(TALL, CACHE // (64 * k4) // TALL * TALL))
     fields |= {"kind": 6, "k4": k4, "zx2": -low, "block": block}
     fields["wide"] = packing.pairs_overflow(high - low, weight)
-    return Bound(fields, block * (64 * k4 + 16) + 4 * 16 * TALL * 2 * packing.PANEL, **arrays)
+    return Bound(fields, block * (64 * k4 + 16) + 4 * 16 * TALL * 2 * packing.PANEL + 16 * channels, **arrays)
 
 
 def bind_depthwise(op: Conv, fields: dict[str, Any], arrays: dict[str, NDArray]) -> Bound:

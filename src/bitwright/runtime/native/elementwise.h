@@ -16,7 +16,8 @@ INLINE void PATH(quantize_run)(const Op *op, const float *x, uint8_t *y, int64_t
     }
 }
 
-TARGET static void PATH(quantize)(const Op *op) {
+TARGET static void PATH(quantize)(const Op *given) {
+    const Op local = *given, *op = &local;
     if (!op->planar) {
         PATH(quantize_run)(op, op->x, op->y, PATH(count)(op));
         return;
@@ -49,19 +50,21 @@ __attribute__((target("avx512f,avx512bw,avx512vbmi"))) static int64_t PATH(table
 }
 #endif
 
-TARGET static void PATH(table)(const Op *op) {
+TARGET static void PATH(table)(const Op *given) {
+    const Op local = *given, *op = &local;
     const uint8_t *x = op->x;
     uint8_t *y = op->y;
     const int64_t count = PATH(count)(op);
     int64_t i = 0;
 #if LEVEL == 2
-    if (__builtin_cpu_supports("avx512vbmi")) i = PATH(table_fast)(op);
+    if (__builtin_cpu_supports("avx512vbmi")) i = PATH(table_fast)(given);
 #endif
     for (; i < count; i++) y[i] = op->table[x[i]];
 }
 
 /* clip(round_half_even((a - za) * ra + (b - zb) * rb) + zy, lo, hi), every step in float32. */
-TARGET static void PATH(add)(const Op *op) {
+TARGET static void PATH(add)(const Op *given) {
+    const Op local = *given, *op = &local;
     const uint8_t *a = op->x, *b = op->x2;
     uint8_t *y = op->y;
     const VF lo = PATH(splat)((float)(op->lo - op->zy)), hi = PATH(splat)((float)(op->hi - op->zy));

@@ -56,5 +56,13 @@ INLINE void PATH(narrow)(uint8_t *p, VI v) {
 #endif
 }
 
-/* Round to the nearest whole number, ties to even, of |v| < 2^22: the sum has no bits below one. */
-INLINE VI PATH(nearest)(VF v) { return (VI)(v + 12582912.0f) - 0x4B400000; }
+/* Round |v| < 2^22 to the nearest whole number, ties to even. */
+INLINE VI PATH(nearest)(VF v) {
+#if LEVEL == 2
+    return (VI)_mm512_cvtps_epi32((__m512)v);
+#elif LEVEL == 1
+    return (VI)_mm256_cvtps_epi32((__m256)v);
+#else
+    return (VI)(v + 12582912.0f) - 0x4B400000;  /* the sum has no bits below one */
+#endif
+}
