@@ -141,6 +141,29 @@ def test_export_then_verify_then_a_changed_file(bitwright, trained, tmp_path):
     assert json.loads(bitwright("verify", trained, file, "--images", 50, "--json")[1])["ok"] is False
 
 
+def test_other_targets_are_recognised_by_content(bitwright, trained, tmp_path):
+    file = tmp_path / "network"
+    assert "use -o" not in refused(bitwright("export", trained, "--to", "tflite"))
+    assert "say where with -o FILE" in refused(bitwright("export", trained, "--to", "packed"))
+    code, out, _ = bitwright("export", trained, "--to", "packed", "-o", file)
+    assert code == 0
+    assert f"{file}: " in out
+    code, out, _ = bitwright("verify", trained, file, "--images", "50", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["target"], found["ok"], found["different_file"]) == ("packed", True, 0)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-50] + bytes(50))
+    code, _, err = bitwright("verify", trained, file, "--images", "50")
+    assert code == 1
+    assert err.startswith("NOT the network that was trained: ")
+    file.write_bytes(whole[:-1])
+    assert "is damaged" in refused(bitwright("verify", trained, file))
+    assert "target compressed-tensors keeps" in refused(
+        bitwright("export", trained, "--to", "compressed-tensors", "-o", tmp_path / "folder")
+    )
+
+
 def test_export_refuses_what_it_does_not_know(bitwright, trained, tmp_path):
     assert "target 'tflite' is not accepted" in refused(bitwright("export", trained, "--to", "tflite"))
     (tmp_path / "file").write_text("")

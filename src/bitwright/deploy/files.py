@@ -53,8 +53,14 @@ def replacing(path: Path) -> Iterator[Path]:
             with new.open("rb") as file:
                 os.fsync(file.fileno())
         if path.is_dir() and new.is_dir():
-            os.rename(path, temporary / "old")  # a folder takes another's place only where that one is empty
-        os.replace(new, path)
+            os.rename(path, old := temporary / "old")  # a folder takes another's place only where that one is empty
+            try:
+                os.rename(new, path)
+            except OSError:
+                os.rename(old, path)
+                raise
+        else:
+            os.replace(new, path)
     except BitwrightError:
         raise
     except OSError as error:

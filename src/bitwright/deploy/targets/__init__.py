@@ -7,6 +7,11 @@ from torch import Tensor, nn
 
 from bitwright.deploy.files import ExportReport
 from bitwright.deploy.probe import read
+from bitwright.deploy.targets.compressed_tensors_folder import (
+    CompressedTensorsFolder,
+    export_compressed_tensors,
+    read_config,
+)
 from bitwright.deploy.targets.onnx_file import OnnxFile, export_onnx
 from bitwright.deploy.targets.opened import Network, Opened
 from bitwright.deploy.targets.openvino_file import OpenVinoFile, export_openvino
@@ -19,12 +24,14 @@ EXPORT: dict[str, Callable[[nn.Module, Path, Tensor], ExportReport]] = {
     "packed": export_packed,
     "openvino": export_openvino,
     "qonnx": export_qonnx,
+    "compressed-tensors": export_compressed_tensors,
 }
 OPEN: dict[str, Callable[[Path, Network], Opened]] = {
     "onnx": OnnxFile,
     "packed": PackedFile,
     "openvino": OpenVinoFile,
     "qonnx": QonnxFile,
+    "compressed-tensors": CompressedTensorsFolder,
 }
 
 
@@ -34,6 +41,9 @@ def target_of(path: Path) -> str:
     Raises:
         BitwrightError: it is missing, damaged, or not written by `export`.
     """
+    if path.is_dir():
+        read_config(path)
+        return "compressed-tensors"
     if path.is_file():
         with path.open("rb") as file:
             if file.read(9)[8:] == b"{":  # safetensors: eight bytes of length, then JSON
