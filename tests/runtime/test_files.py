@@ -14,8 +14,10 @@ from onnx import TensorProto, helper
 from running import PATHS
 
 import bitwright as bw
+from bitwright.deploy.targets import OPEN
 from bitwright.errors import BitwrightError
 from bitwright.runtime import load
+from bitwright.runtime.opened import NativeFile
 from bitwright.runtime.session import Session
 from bitwright.training.models.resnet import CifarResNet
 
@@ -43,14 +45,15 @@ def test_residual_networks(tmp_path, shared, bits):
     path = saved(residual_net(np.random.default_rng(bits), shared=shared, bits=bits), tmp_path / "net.onnx")
     x = normal(3, 3, 45, 39)
     session = load(path, kernels="reference")
-    values = session.program.interpret(x)
+    values = session.values(x)
+    for name, value in load(path).values(x).items():
+        np.testing.assert_array_equal(value, values[name], err_msg=name)
     names = [name for name in values if name.endswith(".codes")]
     logits, *codes = in_onnxruntime(path, x, *names)
     assert len(names) > 9
     for name, theirs in zip(names, codes, strict=True):
-        ours = values[name] if theirs.ndim != 4 else np.moveaxis(values[name], 3, 1)
         assert len(np.unique(theirs)) > 4, f"{name} shows nothing"
-        off = np.abs(ours.astype(int) - theirs)
+        off = np.abs(values[name].astype(int) - theirs)
         assert off.max() <= 1, name
         assert (off > 0).mean() <= 1e-3, name
     np.testing.assert_allclose(values[session.output], logits, rtol=1e-3, atol=1e-2)
@@ -86,10 +89,21 @@ def cifar_net() -> tuple[torch.nn.Module, torch.Tensor]:
     return model, x
 
 
-def test_float_residuals(tmp_path):
-    """A file of the textbook topology: float sums, slices and pads of floats between integer convolutions."""
+def test_float_residuals(tmp_path, monkeypatch):
+    """A file of the textbook topology: float sums, slices and pads of floats between integer convolutions.
+
+    `verify` takes the runtime as it takes any other: training form, frozen form and the runtime's own codes agree.
+    """
     model, x = cifar_net()
     path = str(bw.export(model, tmp_path / "net.onnx", x).path)
+    opened = []
+    monkeypatch.setitem(OPEN, "onnx", lambda *args: opened.append(NativeFile(*args)) or opened[0])
+    report = bw.verify(model, path, [x])
+    assert report.ok, report.first_difference
+    assert set(opened[0].weights) == {
+        n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
+    }
+    assert len(opened[0].run(x)[1]) == len(opened[0].network.calls)
     (want,) = in_onnxruntime(path, x.numpy())
     for kernels in ("reference", None):
         out = load(path, kernels=kernels).run(x.numpy())

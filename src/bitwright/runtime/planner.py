@@ -81,7 +81,8 @@ class Planner:
         if graph.output not in self.values:
             raise BitwrightError(f"{graph.path}: its output {graph.output!r} is computed by no node")
         output = self.plain(self.values[graph.output])
-        return Program(tuple(self.steps), graph.input, output.name)
+        images = frozenset(v.name for v in self.values.values() if v.image)
+        return Program(tuple(self.steps), graph.input, output.name, images)
 
     def emit(self, op: Op | Host, inputs: list[Value], name: str, value: Value, layer: str = "") -> Value:
         """Append a step that makes `value`, known in the file as `name`."""

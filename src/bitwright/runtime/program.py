@@ -34,11 +34,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """Steps in order of execution, from `input` (float32) to `output`."""
+    """Steps in order of execution, from `input` (float32) to `output`; `images` are values kept channels last."""
 
     steps: tuple[Step, ...]
     input: str
     output: str
+    images: frozenset[str] = frozenset()
 
     def roots(self) -> dict[str, str]:
         """The value whose memory each view shares."""
@@ -86,10 +87,10 @@ class Compiled:
     """A program bound to one input shape, with its buffers; one call at a time.
 
     Attributes:
-        arrays: every value, which later values may overwrite. bytes: of all buffers.
+        arrays: every value; without `keep` a later one may overwrite it. bytes: of all buffers.
     """
 
-    def __init__(self, program: Program, shape: Shape, path: str):
+    def __init__(self, program: Program, shape: Shape, path: str, keep: bool = False):
         self.program, self.path, self.lock, self.pool = program, path, threading.Lock(), Pool()
         self.arrays: dict[str, NDArray] = {program.input: np.zeros(shape, np.float32)}
         self.parts: list[ctypes.Array[NativeOp] | Step] = []
@@ -118,7 +119,7 @@ class Compiled:
             self.arrays[out] = placed(owner[out], shape, dtype)
             run.append((bind(step.op, [a.shape for a in inputs]), step))
             for name in {roots.get(name, name) for name in step.inputs}:
-                if last[name] == i and name in owner:
+                if last[name] == i and name in owner and not keep:
                     self.pool.free.append(owner[name])
         self.close(run)
         scratch = buffer(max((b.scratch for b in self.bound), default=0))

@@ -49,6 +49,20 @@ class Session:
         jobs = [self.bound(part.shape, i) for i, part in enumerate(parts)]
         return np.concatenate(list(self.pool.map(lambda job, part: job.run(part), jobs, parts)))
 
+    def values(self, x: NDArray) -> dict[str, NDArray]:
+        """What a run on `x` computes, by name in the file and in the file's layout: codes (uint8) and floats.
+
+        Tensors that became part of an operator are missing; so are those inside the parts that onnxruntime computes.
+        """
+        x = self.checked(x)
+        if self.path == "reference":
+            found = self.program.interpret(x)
+        else:
+            compiled = Compiled(self.program, x.shape, self.path, keep=True)
+            compiled.run(x)
+            found = compiled.arrays
+        return {n: np.moveaxis(v, 3, 1) if n in self.program.images else v for n, v in found.items()}
+
     def checked(self, x: NDArray) -> NDArray[np.float32]:
         """The input as contiguous float32 of a shape that the file accepts."""
         wanted = self.shape or x.shape

@@ -22,8 +22,8 @@ INLINE void PATH(tile_of)(const int rows, const int panels, const uint8_t *a, in
         for (int64_t k = 0; k < k4; k++) {
             const __m512i b0 = _mm512_loadu_si512(b);
             const __m512i b1 = panels == 2 ? _mm512_loadu_si512(b + b_next) : b0;
-            _mm_prefetch((const char *)b + 1024, _MM_HINT_T0);
-            if (panels == 2) _mm_prefetch((const char *)b + b_next + 1024, _MM_HINT_T0);
+            _mm_prefetch((const char *)b + 2048, _MM_HINT_T0);
+            if (panels == 2) _mm_prefetch((const char *)b + b_next + 2048, _MM_HINT_T0);
             b += 64;
 #pragma GCC unroll 14
             for (int m = 0; m < rows; m++) {
