@@ -1,5 +1,6 @@
 """bitwright: train neural networks at 1 to 8 bits, and ship exactly what was trained."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from bitwright.calibrate import calibrate
@@ -45,6 +46,7 @@ __all__ = [
     "quant_layers",
     "quantizers",
     "rules",
+    "runtime",
     "snap_biases",
     "split_parameters",
     "topology",
@@ -56,6 +58,8 @@ _DEPLOY = ("export", "freeze", "load_packed", "snap_biases", "verify")
 
 def __getattr__(name: str) -> Any:
     """Deployment on first use: it brings ONNX and its runtime, which training does not need."""
+    if name == "runtime":
+        return importlib.import_module("bitwright.runtime")
     if name in _DEPLOY:
         from bitwright import deploy
 
