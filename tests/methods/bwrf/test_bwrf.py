@@ -163,8 +163,9 @@ def test_without_branches_it_is_distillation():
         model, partner = pair()
         model, partner = model.double(), partner.double()
         x, y = data()
+        method = make(model, partner)
         outputs = model(x.double())
-        (loss,) = make(model, partner).losses(Batch(x.double(), y), outputs).values()
+        (loss,) = method.losses(Batch(x.double(), y), outputs).values()
         gradients.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)  # the loss is taken in float32
