@@ -1,24 +1,28 @@
 """Price of a quantization-aware training step: ratios to the float step of the same network, in the same process.
 
-    python benchmarks/speed/step.py --model resnet20 --batch 128 --repeats 15 --out benchmarks/speed/step-resnet20.csv
+    python benchmarks/speed/step.py --out benchmarks/speed/step-resnet20.csv
+    python benchmarks/speed/step.py --model torchvision/resnet18 --batch 8 --cases float-lean lsq-lean --out ...
+    python benchmarks/speed/step.py --model timm/vit_tiny_patch16_224 --batch 8 --cases float-lean lsq-lean --out ...
 
 Cases alternate, so a busy machine slows all of them alike; the time is the process's CPU time on one thread. A ratio
-is that of one round's two times; the table gives its median and quartiles over the rounds. `saved` is the bytes kept
-for the backward pass, counted by saved-tensor hooks (parameters left out), as a ratio to the float step's.
+is that of one round's two times; the table gives its median and quartiles over the rounds: to the eager float step,
+and to the plain quantized one (`lsq`). `saved` is the bytes kept for the backward pass, counted by saved-tensor
+hooks (parameters left out), as a ratio to the eager float step's. One time of `adaqat` is the mean of its 8 steps
+between two updates, probes included. `-compiled`: Inductor; `-lean`: Inductor with `activation_memory=0.7`.
+`--bf16`: every case under bfloat16 autocast, for processors that have it (others emulate it, slowly).
 """
 
 import argparse
 import contextlib
 import copy
-import csv
-import platform
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measure import alternate, machine, ratio, saved_bytes, write
 from torch import nn
 
 import bitwright as bw
@@ -26,61 +30,70 @@ from bitwright import kernels
 from bitwright.training.models import build_model
 
 SIZES = {"resnet8": 32, "resnet20": 32, "torchvision/resnet18": 224, "timm/vit_tiny_patch16_224": 224}
+LEAN = 0.7
+METHODS = ["pege-0.5", "pege-1", "kd", "bwrf", "bwrf-sampled", "adaqat"]
 
 
-def quantized(model: nn.Module, bits: str, x: torch.Tensor) -> nn.Module:
-    """A prepared and calibrated copy of `model`."""
-    made = bw.prepare(copy.deepcopy(model), bw.rules(bits))
+def quantized(model: nn.Module, bits: str, x: torch.Tensor, **options: object) -> nn.Module:
+    """A prepared and calibrated copy of `model`; `options` of `bitwright.rules`."""
+    made = bw.prepare(copy.deepcopy(model), bw.rules(bits, **options))
     return bw.calibrate(made, [x[:16]])
 
 
-def make_step(model: nn.Module, methods: list[bw.Method] | None = None, compiled: bool = False) -> bw.Step:
-    """A `Step` with plain SGD in training mode."""
+def make_step(
+    model: nn.Module, methods: list[bw.Method] | None = None, memory: float | None = None, **options
+) -> bw.Step:
+    """A `Step` with plain SGD in training mode, compiled if `memory` (the share of activations to keep) is given."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    run = torch.compile(model) if compiled else model
-    return bw.Step(run, F.cross_entropy, optimizer, methods or [])
+    run = model if memory is None else bw.compile_model(model, activation_memory=memory)
+    return bw.Step(run, F.cross_entropy, optimizer, methods or [], **options)
 
 
-def saved_bytes(step: bw.Step, x: torch.Tensor, y: torch.Tensor) -> int:
-    """Bytes of distinct storages saved by one forward pass, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*step.model.parameters(), *step.model.buffers())}
-    seen: dict[int, int] = {}
+def builders(model: nn.Module, bits: str, x: torch.Tensor, **options) -> dict[str, Callable[[], bw.Step]]:
+    """What makes each case's step, by name; `options` of `Step`."""
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return t
+    def plain(memory: float | None = None) -> bw.Step:
+        return make_step(copy.deepcopy(model), memory=memory, **options)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        step.forward_loss(bw.Batch(x, y))
-    return sum(seen.values())
+    def lsq(memory: float | None = None) -> bw.Step:
+        return make_step(quantized(model, bits, x), memory=memory, **options)
 
-
-def cases(model: nn.Module, bits: str, x: torch.Tensor, wanted: list[str]) -> dict[str, Callable[[], bw.Step]]:
-    """Builders by name."""
-
-    def bwrf(sample: bool) -> bw.Step:
-        from bitwright.methods.bwrf import BWRF
-
-        student = quantized(model, bits, x)
-        return make_step(student, [BWRF(student, copy.deepcopy(model), sample=sample)])
+    def pege(rate: float) -> bw.Step:
+        made = quantized(model, bits, x, estimator="pege", estimator_options={"rate": rate})
+        return make_step(made, **options)
 
     def kd() -> bw.Step:
-        return make_step(quantized(model, bits, x), [bw.KD(copy.deepcopy(model))])
+        return make_step(quantized(model, bits, x), [bw.KD(copy.deepcopy(model))], **options)
 
-    found: dict[str, Callable[[], bw.Step]] = {
-        "float": lambda: make_step(copy.deepcopy(model)),
-        "lsq": lambda: make_step(quantized(model, bits, x)),
-        "lsq-reference": lambda: make_step(quantized(model, bits, x)),
-        "float-compiled": lambda: make_step(copy.deepcopy(model), compiled=True),
-        "lsq-compiled": lambda: make_step(quantized(model, bits, x), compiled=True),
+    def bwrf(sample: bool) -> bw.Step:
+        student = quantized(model, bits, x)
+        return make_step(student, [bw.BWRF(student, copy.deepcopy(model), sample=sample)], **options)
+
+    def adaqat() -> bw.Step:
+        student = quantized(model, "w8a8", x)
+        return make_step(student, [bw.AdaQAT(student, 10**6, warmup_steps=0, eta=0.0)], **options)
+
+    return {
+        "float": plain,
+        "lsq": lsq,
+        "lsq-reference": lsq,
+        "float-compiled": partial(plain, 1.0),
+        "lsq-compiled": partial(lsq, 1.0),
+        "float-lean": partial(plain, LEAN),
+        "lsq-lean": partial(lsq, LEAN),
+        "pege-0.5": partial(pege, 0.5),
+        "pege-1": partial(pege, 1.0),
         "kd": kd,
-        "bwrf": lambda: bwrf(False),
-        "bwrf-sampled": lambda: bwrf(True),
+        "bwrf": partial(bwrf, False),
+        "bwrf-sampled": partial(bwrf, True),
+        "adaqat": adaqat,
     }
-    return {k: found[k] for k in ["float", *[w for w in wanted if w != "float"]]}
+
+
+def context(name: str) -> contextlib.AbstractContextManager[None]:
+    """What a case's steps run in."""
+    return kernels.reference_only() if name == "lsq-reference" else contextlib.nullcontext()
 
 
 def main() -> None:
@@ -89,8 +102,9 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(SIZES), default="resnet20")
     parser.add_argument("--bits", default="w4a4")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--cases", nargs="+", default=["lsq", "lsq-reference", "kd", "bwrf", "bwrf-sampled"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--cases", nargs="+", default=["lsq-reference", *METHODS])
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -98,46 +112,44 @@ def main() -> None:
     size = SIZES[args.model]
     model = build_model(args.model, num_classes=10, in_channels=3, image_size=size)
     x, y = torch.randn(args.batch, 3, size, size), torch.randint(0, 10, (args.batch,))
-    steps = {name: build() for name, build in cases(model, args.bits, x, args.cases).items()}
-    contexts = {name: kernels.reference_only if "reference" in name else contextlib.nullcontext for name in steps}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.repeats + 2):
-        for name, step in steps.items():
-            with contexts[name]():
-                start = time.process_time()
-                step(x, y)
-                times[name].append(time.process_time() - start)
+    options = {"amp_dtype": torch.bfloat16} if args.bf16 else {}
+    known = builders(model, args.bits, x, **options)
+    names = ["float", "lsq", *(c for c in args.cases if c not in ("float", "lsq"))]
+    steps = {name: known[name]() for name in names}
+
+    def run(name: str) -> None:
+        with context(name):
+            for _ in range(8 if name == "adaqat" else 1):
+                steps[name](x, y)
+
+    times = alternate({name: partial(run, name) for name in names}, args.rounds)
+    if "adaqat" in times:
+        times["adaqat"] = [t / 8 for t in times["adaqat"]]
     rows = []
-    base = times["float"][2:]
-    memory = {}
-    for name, step in steps.items():
-        with contexts[name]():
-            memory[name] = saved_bytes(step, x, y)
-    for name in steps:
-        ratios = [a / b for a, b in zip(times[name][2:], base, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+    for name in names:
+        with context(name):
+            saved = saved_bytes(steps[name], x, y)
         rows.append(
             {
                 "model": args.model,
                 "bits": args.bits,
                 "batch": args.batch,
+                "amp": "bf16" if args.bf16 else "none",
                 "case": name,
-                "ratio_median": round(middle, 3),
-                "ratio_q1": round(low, 3),
-                "ratio_q3": round(high, 3),
-                "saved": round(memory[name] / memory["float"], 3),
-                "ms": round(1000 * statistics.median(times[name][2:]), 1),
-                "rounds": args.repeats,
-                "torch": torch.__version__,
-                "cpu": platform.processor() or platform.machine(),
+                **ratio(times[name], times["float"]),
+                **ratio(times[name], times["lsq"], "to_lsq"),
+                "saved": saved,
+                "ms": round(1000 * statistics.median(times[name]), 1),
+                "rounds": args.rounds,
+                **machine(),
             }
         )
-        print({k: rows[-1][k] for k in ("case", "ratio_median", "ratio_q1", "ratio_q3", "saved", "ms")})
-    if args.out:
-        with args.out.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        rows[-1]["saved"] = round(saved / rows[0]["saved"], 3) if rows[1:] else saved
+        print(
+            {k: rows[-1][k] for k in ("case", "ratio_median", "to_lsq_median", "to_lsq_q1", "to_lsq_q3", "saved", "ms")}
+        )
+    rows[0]["saved"] = 1.0
+    write(rows, args.out)
 
 
 if __name__ == "__main__":
