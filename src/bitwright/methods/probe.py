@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitwright.prepare import quantizers
 
@@ -44,3 +44,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for quantizer, zero in zip(found, zeros, strict=True):
             if quantizer.codes.zero != zero:  # the one thing derived from bits that is not a buffer
                 quantizer.refresh()
+
+
+def forward_fast(model: nn.Module, x: Tensor) -> Tensor:
+    """`model(x)` up to rounding, channels last where the CPU's convolutions gain by it (a third of ResNet-20's time).
+
+    For passes without gradient. Networks that insist on their layout (`Tensor.view` on a feature map) and compiled
+    ones, which would be compiled anew, get `x` as it is.
+    """
+    if x.ndim == 4 and x.device.type == "cpu" and unwrap(model) is model:
+        try:
+            return model(x.contiguous(memory_format=torch.channels_last))
+        except RuntimeError as error:
+            if "view" not in str(error):
+                raise
+    return model(x)

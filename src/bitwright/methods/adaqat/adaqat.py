@@ -15,7 +15,7 @@ from bitwright.layers import SharedInput
 from bitwright.methods.adaqat.cost import FLOAT_BITS, LayerCost, make_rows, meet_budget, parse_budget, total
 from bitwright.methods.adaqat.rule import Width, relative_update, update
 from bitwright.methods.base import Method
-from bitwright.methods.probe import untouched, unwrap
+from bitwright.methods.probe import forward_fast, untouched, unwrap
 from bitwright.prepare import quant_layers
 from bitwright.quantizer import Quantizer
 from bitwright.rules import matches, weight_layers
@@ -271,7 +271,7 @@ class AdaQAT(Method):
             if width is not None:
                 for quantizer in width.quantizers:
                     quantizer.set_bits(width.bits - 1)
-            return step.loss_fn(step.model(x[:count]), y[:count]).float()
+            return step.loss_fn(forward_fast(step.model, x[:count]), y[:count]).float()
 
     @staticmethod
     def _agree(losses: Tensor) -> list[float]:
