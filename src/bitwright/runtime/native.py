@@ -100,7 +100,8 @@ def bind(op: Op, shapes: Sequence[Shape]) -> Bound:
     if isinstance(op, MaxPool):
         _, oh, ow, _ = op.shape(shapes[0])
         window = moves(op.window, fields["h"], fields["w"])
-        return Bound("max_pool", {**fields, **window, "oh": oh, "ow": ow, "to_float": op.floats})
+        pointers = 8 * window["kh"] * window["kw"]
+        return Bound("max_pool", {**fields, **window, "oh": oh, "ow": ow, "to_float": op.floats}, pointers)
     if isinstance(op, Mean):
         if op.codes is None:
             return Bound("mean", {**fields, "to_float": 1})

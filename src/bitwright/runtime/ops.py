@@ -96,6 +96,12 @@ class Window:
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
     dilations: tuple[int, int] = (1, 1)
 
+    @property
+    def meets_image(self) -> bool:
+        """Whether every position covers a pixel, whatever the image."""
+        (kh, kw), (top, left, bottom, right) = self.kernel, self.pads
+        return self.dilations == (1, 1) and max(top, bottom) < kh and max(left, right) < kw
+
     def padded(self, h: int, w: int) -> tuple[int, int]:
         """Rows and columns with padding."""
         return h + self.pads[0] + self.pads[2], w + self.pads[1] + self.pads[3]
@@ -111,10 +117,17 @@ class Window:
 
 @dataclass(frozen=True)
 class MaxPool:
-    """The greatest code or float under a window; padding never wins."""
+    """The greatest code or float under a window; padding never wins.
+
+    The kernel must be larger than the padding and not dilated, so that a window is never all padding.
+    """
 
     window: Window
     floats: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.window.meets_image:
+            raise BitwrightError("a pool with dilation, or padding of its kernel's size, is not accepted")
 
     def shape(self, x: Shape) -> Shape:
         return (x[0], *self.window.size(x[1], x[2]), x[3])

@@ -124,7 +124,7 @@ def tail_of(graph: Graph, value: str, image: bool) -> Tail:
             tail.relu |= node.op_type == "Relu"
         elif image and node.op_type == "MaxPool" and len(node.output) == 1:
             window = window_of(graph, node, tuple(graph.attributes(node)["kernel_shape"]))
-            if window is None:
+            if window is None or not window.meets_image:
                 break
             tail.pools.append(window)
         elif found is not None:

@@ -331,7 +331,7 @@ def max_pool(plan: Planner, node: NodeProto) -> bool:
     x = plan.values.get(node.input[0])
     window = window_of(plan.graph, node, tuple(plan.graph.attributes(node)["kernel_shape"]))
     image = plan.as_image(x, node.input[0]) if x is not None else None
-    if image is None or window is None or len(node.output) > 1:
+    if image is None or window is None or not window.meets_image or len(node.output) > 1:
         return False
     to = Value(node.output[0], image.codes, True)
     plan.emit(MaxPool(window, image.codes is None), [image], node.output[0], to)

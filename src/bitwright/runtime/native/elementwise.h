@@ -80,30 +80,57 @@ TARGET static void PATH(add)(const Op *given) {
     }
 }
 
+/* The greatest of `taps` runs of `count` codes each. */
+TARGET static void PATH(most_codes)(uint8_t *restrict y, const uint8_t **from, int taps, int64_t count) {
+    int64_t c = 0;
+#if LEVEL == 2
+    for (; c + 64 <= count; c += 64) {
+        __m512i most = _mm512_loadu_si512(from[0] + c);
+        for (int t = 1; t < taps; t++) most = _mm512_max_epu8(most, _mm512_loadu_si512(from[t] + c));
+        _mm512_storeu_si512(y + c, most);
+    }
+#endif
+#if LEVEL >= 1
+    for (; c + 32 <= count; c += 32) {
+        __m256i most = _mm256_loadu_si256((const __m256i *)(from[0] + c));
+        for (int t = 1; t < taps; t++) most = _mm256_max_epu8(most, _mm256_loadu_si256((const __m256i *)(from[t] + c)));
+        _mm256_storeu_si256((__m256i *)(y + c), most);
+    }
+#endif
+    for (; c < count; c++) {
+        y[c] = from[0][c];
+        for (int t = 1; t < taps; t++) y[c] = y[c] > from[t][c] ? y[c] : from[t][c];
+    }
+}
+
+TARGET static void PATH(most_floats)(float *restrict y, const float **from, int taps, int64_t count) {
+    memcpy(y, from[0], (size_t)count * sizeof(float));
+    for (int t = 1; t < taps; t++) {
+        const float *restrict x = from[t];
+        for (int64_t c = 0; c < count; c++) y[c] = y[c] > x[c] ? y[c] : x[c];
+    }
+}
+
+/* scratch: a pointer per position of the kernel. */
 #define MAX_POOL_OF(NAME, T)                                                                                         \
-    TARGET static __attribute__((noinline)) void PATH(NAME##_into)(T *restrict y, const T *restrict x, int64_t n) {  \
-        for (int64_t c = 0; c < n; c++) y[c] = y[c] > x[c] ? y[c] : x[c];                                            \
-    }                                                                                                                \
-    TARGET static void PATH(NAME)(const Op *op) {                                                                    \
+    TARGET static void PATH(max_pool_##NAME)(const Op *op) {                                                         \
+        const T **from = op->scratch;                                                                                \
         for (int64_t n = 0; n < op->n; n++)                                                                          \
             for (int64_t oy = 0; oy < op->oh; oy++)                                                                  \
                 for (int64_t ox = 0; ox < op->ow; ox++) {                                                            \
-                    T *y = (T *)op->y + ((n * op->oh + oy) * op->ow + ox) * op->c;                                   \
-                    int first = 1;                                                                                   \
+                    int taps = 0;                                                                                    \
                     for (int64_t i = 0; i < op->kh; i++)                                                             \
                         for (int64_t j = 0; j < op->kw; j++) {                                                       \
                             const int64_t iy = oy * op->sy - op->top + i * op->dy;                                   \
                             const int64_t ix = ox * op->sx - op->left + j * op->dx;                                  \
-                            if (iy < 0 || iy >= op->h || ix < 0 || ix >= op->w) continue;                            \
-                            const T *x = (const T *)op->x + ((n * op->h + iy) * op->w + ix) * op->c;                 \
-                            if (first) memcpy(y, x, (size_t)op->c * sizeof(T));                                      \
-                            else PATH(NAME##_into)(y, x, op->c);                                                     \
-                            first = 0;                                                                               \
+                            if (iy >= 0 && iy < op->h && ix >= 0 && ix < op->w)                                      \
+                                from[taps++] = (const T *)op->x + ((n * op->h + iy) * op->w + ix) * op->c;           \
                         }                                                                                            \
+                    PATH(most_##NAME)((T *)op->y + ((n * op->oh + oy) * op->ow + ox) * op->c, from, taps, op->c);    \
                 }                                                                                                    \
     }
-MAX_POOL_OF(max_pool_codes, uint8_t)
-MAX_POOL_OF(max_pool_float, float)
+MAX_POOL_OF(codes, uint8_t)
+MAX_POOL_OF(floats, float)
 #undef MAX_POOL_OF
 
 /* (float)sum(k - z) * scale / pixels of codes; sum / pixels of floats, in order. */
@@ -145,7 +172,7 @@ TARGET static void PATH(run)(const Op *op) {
         case QUANTIZE: PATH(quantize)(op); break;
         case TABLE: PATH(table)(op); break;
         case ADD: PATH(add)(op); break;
-        case MAX_POOL: op->to_float ? PATH(max_pool_float)(op) : PATH(max_pool_codes)(op); break;
+        case MAX_POOL: op->to_float ? PATH(max_pool_floats)(op) : PATH(max_pool_codes)(op); break;
         case MEAN: PATH(mean)(op); break;
         case CONV: PATH(conv)(op); break;
         case WINOGRAD: PATH(winograd)(op); break;
