@@ -1,4 +1,4 @@
-"""Quantization-aware training in a loop of your own: a torchvision ResNet-18 at 4 bits, its two ends at 8.
+"""Quantization-aware training in a loop of your own: a torchvision ResNet-18 at 4 bits, its two ends and its sums at 8.
 
     python examples/own_loop.py
 
@@ -17,7 +17,7 @@ def main(batches: int = 20, size: int = 64) -> float:
     data = [(torch.randn(8, 3, size, size), torch.randint(0, 10, (8,))) for _ in range(batches)]
     model = import_torchvision().models.resnet18(num_classes=10)
 
-    bw.prepare(model, bw.rules("w4a4"))  # (bitwright)
+    bw.prepare(model, bw.rules("w4a4") + bw.topology(model, data[0][0]))  # (bitwright)
     bw.calibrate(model, data[:2])  # (bitwright)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     loss = torch.zeros(())

@@ -32,8 +32,10 @@ def test_a_loop_of_ones_own_needs_at_most_five_lines(monkeypatch):
     assert math.isfinite(module.main(batches=2, size=32))
     rows = {r.name: (r.bits, r.calibrated) for r in module.bw.describe(seen["model"])}
     assert rows["conv1.weight_quantizer"] == rows["fc.input_quantizer"] == (8, True)
-    middle = {bits for name, (bits, _) in rows.items() if not name.startswith(("conv1.", "fc."))}
-    assert middle == {4}
+    middle = {
+        (name.endswith("output_quantizer"), bits) for name, (bits, _) in rows.items() if name[:2] not in ("co", "fc")
+    }
+    assert middle == {(False, 4), (True, 8)}
     with torch.no_grad():
         codes = seen["model"].layer2[0].conv1.weight_quantizer.integer_codes(seen["model"].layer2[0].conv1.weight)
     assert codes.unique().numel() <= 16

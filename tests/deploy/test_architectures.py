@@ -1,14 +1,18 @@
-"""Models of torchvision and timm from prepare to verify, small pictures, weights as they are initialized."""
+"""Models of torchvision and timm from prepare to verify, small pictures, weights as they are initialized.
+
+In the default topology, every convolution and product runs on an integer kernel.
+"""
 
 from collections import Counter
 
 import pytest
 import torch
-from deploy_nets import quantized
 from test_export import optimized
 from torch import nn
 
+import bitwright as bw
 from bitwright.deploy import export, snap_biases, verify
+from bitwright.deploy.bench import FLOAT
 from bitwright.training.vision import import_timm, import_torchvision
 
 
@@ -40,7 +44,9 @@ def test_from_prepare_to_verify(make, tmp_path):
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(8, 3, 64, 64))
-    model = quantized(model, "w4a4", torch.randn(16, 3, 64, 64))
+    images, rules = torch.randn(16, 3, 64, 64), bw.rules("w4a4")
+    bw.prepare(model.eval(), rules + bw.topology(model, images))
+    bw.calibrate(model, [images]).eval()
     x = torch.randn(32, 3, 64, 64)
     snap_biases(model, x[:2])
     path = tmp_path / "net.onnx"
@@ -55,4 +61,5 @@ def test_from_prepare_to_verify(make, tmp_path):
     assert report.clean_logit_difference <= 1e-4 * report.largest_logit
     kinds = Counter(n.op_type for n in optimized(path, tmp_path).graph.node)
     assert kinds["MatMulIntegerToFloat"] >= sum(isinstance(m, nn.Linear) for m in model.modules())
-    assert kinds["MatMul"] + kinds["Gemm"] == 0
+    assert kinds["QLinearConv"] == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    assert not FLOAT & kinds.keys()
