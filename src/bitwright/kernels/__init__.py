@@ -74,7 +74,7 @@ def fake_quantize(
     seed = None if rule.rate is None else reference.draw_seed(x.device)
     tensors = (x, scale, zeros, lo, hi, rule.strength, rule.rate, seed)
     numbers = (constant, axis, count, fused.RULES[rule.name], rule.replaced_only)
-    y = torch.ops.bitwright.fake_quantize(*tensors, *numbers)
+    y = torch.ops.bitwright.fake_quantize.default(*tensors, *numbers)
     return remember(y, Source(*tensors, *numbers))
 
 

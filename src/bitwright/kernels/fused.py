@@ -1,6 +1,7 @@
 """Fused fake quantization on the CPU as a registered operator: `bitwright::fake_quantize`."""
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -62,24 +63,24 @@ def make_call(
     if channels > 1:
         outer = axis + 1 if axis >= 0 else x.ndim + axis + 1
         columns = x.numel() // x.shape[:outer].numel()
-    pointers = (address(t) for t in (scale, zeros, lo, hi, strength, rate, seed))
+    optional = (address(strength), address(rate), address(seed))
+    pointers = (scale.data_ptr(), address(zeros), lo.data_ptr(), hi.data_ptr(), *optional)
     sizes = (x.numel() // columns, channels, columns, count, rule, replaced_only)
     return Call(*pointers, zero, *sizes, torch.get_num_threads())
 
 
+@functools.cache
 def kernel(direction: str, dtype: torch.dtype) -> Any:
-    """The C function for a direction and an element type."""
-    found = library()
-    assert found is not None
-    return getattr(found, f"{direction}_{'f32' if dtype == torch.float32 else 'bf16'}")
+    """The C function for a direction and an element type; it takes a `Call` and addresses."""
+    function = getattr(library(), f"{direction}_{'f32' if dtype == torch.float32 else 'bf16'}")
+    function.argtypes = [ctypes.POINTER(Call), *[ctypes.c_void_p] * (2 if direction == "forward" else 5)]
+    return function
 
 
 def forward_cpu(x: Tensor, *arguments: Any) -> Tensor:
     """The quantized tensor, laid out as `x`; arguments: see `make_call`."""
     y = empty_like(x)
-    kernel("forward", x.dtype)(
-        ctypes.byref(make_call(x, *arguments)), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr())
-    )
+    kernel("forward", x.dtype)(make_call(x, *arguments), x.data_ptr(), y.data_ptr())
     return y
 
 
@@ -94,8 +95,8 @@ def backward_cpu(g: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor,
     scale, zeros = arguments[0], arguments[1]
     dx, dscale = empty_like(x), torch.empty_like(scale)
     dzeros = None if zeros is None else torch.empty_like(scale)
-    tensors = [ctypes.c_void_p(address(t)) for t in (g, x, dx, dscale, dzeros)]
-    if kernel("backward", x.dtype)(ctypes.byref(make_call(x, *arguments)), *tensors):
+    addresses = (g.data_ptr(), x.data_ptr(), dx.data_ptr(), dscale.data_ptr(), address(dzeros))
+    if kernel("backward", x.dtype)(make_call(x, *arguments), *addresses):
         raise MemoryError("fake_quantize_backward: no room for partial sums")
     return dx, dscale, dzeros
 
@@ -111,16 +112,35 @@ LIBRARY.impl("fake_quantize", lambda x, *_: torch.empty_like(x), "Meta")
 LIBRARY.impl("fake_quantize_backward", backward_meta, "Meta")
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep what the backward pass needs: nothing beyond the operator's own inputs."""
-    ctx.save_for_backward(*inputs[:8])
-    ctx.numbers = inputs[8:]
+class Differentiable(torch.autograd.Function):
+    """The operator and its gradient; for autograd it keeps nothing beyond the operator's own inputs.
+
+    Registered by hand: `torch.library.register_autograd` reads the schema anew in every call, which costs a small
+    network as much as its quantization.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        ctx.save_for_backward(*arguments[:8])
+        ctx.numbers = arguments[8:]
+        return below_autograd(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grads = torch.ops.bitwright.fake_quantize_backward.default(g, *ctx.saved_tensors, *ctx.numbers)
+        return (*grads, *[None] * 10)
 
 
-def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of x, scale and zeros."""
-    grads = torch.ops.bitwright.fake_quantize_backward(g, *ctx.saved_tensors, *ctx.numbers)
-    return (*grads, *[None] * 10)
+def below_autograd(*arguments: Any) -> Tensor:
+    """The operator without its gradient."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.bitwright.fake_quantize.default(*arguments)
 
 
-torch.library.register_autograd("bitwright::fake_quantize", backward, setup_context=setup_context, lib=LIBRARY)
+def with_autograd(*arguments: Any) -> Tensor:
+    """The operator, differentiable in x, scale and zeros where one of them asks for it."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:3])
+    return Differentiable.apply(*arguments) if wanted else below_autograd(*arguments)  # pyright: ignore
+
+
+LIBRARY.impl("fake_quantize", with_autograd, "Autograd")

@@ -27,7 +27,7 @@ class Source(NamedTuple):
     def quantize(self) -> Tensor:
         """The quantized tensor once more, to the last bit."""
         with torch.no_grad():
-            return torch.ops.bitwright.fake_quantize(*self)
+            return torch.ops.bitwright.fake_quantize.default(*self)
 
 
 def remember(y: Tensor, source: Source) -> Tensor:
