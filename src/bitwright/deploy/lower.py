@@ -1,7 +1,8 @@
 """From placeholder nodes to standard ONNX: QuantizeLinear, Clip, DequantizeLinear, Conv, MatMul, Gather.
 
 Names are those of the training form: the node of a layer is called as the layer, `<layer>.codes` and `<layer>.weight`
-are its weight as integers and dequantized, `<layer>.input.codes` its input's codes; `verify` asks for them by name.
+are its weight as integers and dequantized, `<layer>.input.codes` its input's codes; `verify` asks for them by name. The
+tensors in between have short names.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from bitwright.deploy.builder import GraphBuilder, clippings
 from bitwright.deploy.integer import DOMAIN, InputCodes, IntConv, IntEmbedding, IntLayer, IntLinear
 from bitwright.deploy.packing import OPSET, field_widths, function_name, pack_fields, pack_int4, unpack_function
 from bitwright.errors import BitwrightError
+
+# Ends of the names that `verify` and readers of a file ask for.
+ASKED_FOR = (".codes", ".weight", ".bias", ".negative_bias", ".table_scale")
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class Lowering(GraphBuilder):
             return
         codes = self.unpacked(layer, False)
         values = layer.packed.scale.numpy()
-        scale = self.constant(f"{layer.name}.weight_scale", values[:, None] if values.size > 1 else values)
+        scale = self.constant(f"{layer.name}.table_scale", values[:, None] if values.size > 1 else values)
         rows = self.node("Gather", [codes, x], f"{at}.rows")
         rows = self.node("Cast", [rows], f"{at}.numbers", to=TensorProto.FLOAT)
         if values.size > 1:
@@ -206,6 +210,7 @@ def lower(
     nodes = [n for n in work.nodes if n.output[0] not in work.absorbed]
     read = {name for node in nodes for name in node.input}
     kept = [strip(t) for t in model.graph.initializer if t.name in read]
+    shorten(nodes, [*kept, *work.initializers.values()])
     graph = helper.make_graph(
         nodes,
         "network",
@@ -223,6 +228,22 @@ def lower(
         producer_name=DOMAIN,
     )
     return out, list(work.files.values())
+
+
+def shorten(nodes: list[NodeProto], initializers: list[TensorProto]) -> None:
+    """Short names, in place, for the tensors that nobody asks for by name: in a small network at 1 bit they add up."""
+    short: dict[str, str] = {}
+
+    def name(tensor: str) -> str:
+        if "." not in tensor or tensor.endswith(ASKED_FOR):
+            return tensor
+        return short.setdefault(tensor, f"_{len(short):x}")
+
+    for node in nodes:
+        node.input[:] = [name(tensor) for tensor in node.input]
+        node.output[:] = [name(tensor) for tensor in node.output]
+    for tensor in initializers:
+        tensor.name = name(tensor.name)
 
 
 def strip(tensor: TensorProto) -> TensorProto:

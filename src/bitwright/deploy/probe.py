@@ -83,7 +83,7 @@ def probe_graph(proto: onnx.ModelProto, path: Path, layers: dict[str, IntLayer],
         if isinstance(layer, IntEmbedding) and layer.packed is not None:
             # The file scales rows after they were gathered; here the whole table is dequantized.
             cast = helper.make_node("Cast", [f"{name}.codes"], [f"{name}.all"], to=TensorProto.FLOAT)
-            scale = helper.make_node("Mul", [f"{name}.all", f"{name}.weight_scale"], [f"{name}.weight"])
+            scale = helper.make_node("Mul", [f"{name}.all", f"{name}.table_scale"], [f"{name}.weight"])
             copy.graph.node.extend([cast, scale])
     present = {out for node in copy.graph.node for out in node.output}
     present |= {t.name for t in copy.graph.initializer}
