@@ -191,3 +191,14 @@ def test_shared_needs_the_rules_and_an_output_quantizer():
         bw.topology(Net(), torch.randn(1, 2, 6, 6), "shared")
     with pytest.raises(bw.BitwrightError, match="main: shares: 'sum' has no output quantizer"):
         bw.prepare(Net(), [*RULES, bw.Rule(match="main", shares="sum")])
+
+
+def test_a_branch_leaves_a_block_with_what_the_next_block_gets():
+    model, x, y = made("res8").train(), torch.randn(8, 2, 6, 6), torch.randint(0, 3, (8,))
+    method = bw.BWRF(model, Net(), blocks=["sum", "end"])
+    outputs = model(x)
+    quantizer, branch = model.sum.output_quantizer, method.taps[0].output
+    steps = branch.detach() / quantizer.affine().scale
+    assert torch.allclose(steps, steps.round(), atol=1e-3)
+    sum(method.losses(bw.Batch(x, y), outputs).values()).backward()
+    assert float(quantizer.grid.scale.grad.abs()) > 0
