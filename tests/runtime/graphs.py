@@ -117,7 +117,12 @@ def residual_net(rng: np.random.Generator, *, shared: bool, bits: int = 4) -> on
         per_group = out // second.get("group", 1)
         y = net.conv(y, 1.013 / 2**bits, f"{at}.b", bits, out, per_group, 3, 3, pads=[1] * 4, **second)
         y = net.quantized(y, f"{at}.b.output", 0.0217, 8, signed=True)
-        if stride > 1:
+        if stride > 1 and shared:  # the shortcut without weights
+            bounds = [[0, 0], [2**40, 2**40], [2, 3], [stride, stride]]
+            cut = [net.constant(f"{at}.cut{i}", np.array(b, np.int64)) for i, b in enumerate(bounds)]
+            more = net.constant(f"{at}.more", np.array([0, 3, 0, 0, 0, out - inside - 3, 0, 0], np.int64))
+            x = net.node("Pad", [net.node("Slice", [x, *cut], f"{at}.slice"), more], f"{at}.pad")
+        elif stride > 1:
             x = net.conv(inner(x, f"{at}.c"), size, f"{at}.c", 8, out, inside, 1, 1, strides=[stride] * 2, bias=False)
             x = net.quantized(x, f"{at}.c.output", 0.0311, 8, signed=True)
         total = net.node("Relu", [net.node("Add", [y, x], f"{at}.sum")], f"{at}.relu")

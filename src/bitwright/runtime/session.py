@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from bitwright.errors import BitwrightError
 from bitwright.runtime import build, packing
 from bitwright.runtime.constants import Graph
+from bitwright.runtime.handlers import plan
 from bitwright.runtime.ops import Conv, Shape
-from bitwright.runtime.planner import Planner
 from bitwright.runtime.program import Compiled, Host
 
 SHAPES_KEPT = 4  # bindings for the input shapes seen last
@@ -29,7 +29,7 @@ class Session:
     def __init__(self, graph: Graph, path: str, threads: int, winograd: bool):
         self.input, self.output, self.path, self.threads = graph.input, graph.output, path, threads
         self.shape = graph.shapes.get(graph.input)
-        self.program = Planner(graph, winograd).plan()
+        self.program = plan(graph, winograd)
         self.file = graph.path
         self.compiled: OrderedDict[tuple[Shape, int], Compiled] = OrderedDict()
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
