@@ -178,6 +178,26 @@ def test_files_that_do_not_open(tmp_path):
         load(tiny(tmp_path), threads=0)
 
 
+def test_files_beyond_what_is_planned(tmp_path):
+    """A tensor in another file, and a branch, whose readers the planner would not see."""
+    model = residual_net(np.random.default_rng(0), shared=True)
+    tensor = next(t for t in model.graph.initializer if t.name == "stem.codes")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="weights.bin")
+    tensor.ClearField("raw_data")
+    (tmp_path / "weights.bin").write_bytes(bytes(16 * 3 * 49))
+    with pytest.raises(BitwrightError, match="codes lies in another file"):
+        load(saved(model, tmp_path / "net.onnx"))
+    net = Net(np.random.default_rng(0))
+    bodies = {}
+    for name in ("then_branch", "else_branch"):
+        out = helper.make_tensor_value_info(f"{name}.y", TensorProto.FLOAT, [None, 3])
+        bodies[name] = helper.make_graph([helper.make_node("Relu", ["input"], [f"{name}.y"])], name, [], [out])
+    y = net.node("If", [net.constant("yes", np.array(True))], "y", **bodies)
+    with pytest.raises(BitwrightError, match="If holds a graph of its own"):
+        load(saved(net.model(y, 2, None, 3), tmp_path / "if.onnx"))
+
+
 def test_weights_that_lie_about_their_size(tmp_path):
     """A raw tensor shorter than its shape says is refused before any kernel sees it."""
     model = residual_net(np.random.default_rng(0), shared=True)

@@ -19,6 +19,29 @@ PLAIN = {
 }
 
 
+def checked(path: Path) -> onnx.ModelProto:
+    """The file, whole and without branches; BitwrightError if it is anything else."""
+    damaged = f"{path}: is damaged or no ONNX file"
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise BitwrightError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
+    except Exception as error:
+        raise BitwrightError(f"{damaged}: {first_line(error)}") from error
+    outside = next((t.name for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL), None)
+    if outside is not None:
+        raise BitwrightError(f"{path}: {outside} lies in another file; the runtime takes files that are whole")
+    branch = next((n.op_type for n in model.graph.node for a in n.attribute if a.HasField("g") or a.graphs), None)
+    if branch is not None:
+        # Its nodes read values unseen, which would then be taken for free to change.
+        raise BitwrightError(f"{path}: {branch} holds a graph of its own; the runtime takes straight networks")
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:
+        raise BitwrightError(f"{damaged}: {first_line(error)}") from error
+    return model
+
+
 class Graph:
     """A checked ONNX graph of one float32 input and one output.
 
@@ -29,13 +52,7 @@ class Graph:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self.model = onnx.load(str(path), load_external_data=False)
-            onnx.checker.check_model(self.model)
-        except OSError as error:
-            raise BitwrightError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
-        except Exception as error:
-            raise BitwrightError(f"{path}: is damaged or no ONNX file: {first_line(error)}") from error
+        self.model = checked(path)
         graph = self.model.graph
         self.initializers = {t.name: t for t in graph.initializer}
         inputs = [v for v in graph.input if v.name not in self.initializers]

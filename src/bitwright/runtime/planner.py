@@ -65,7 +65,7 @@ class Planner:
             waits = {n for p in self.pending for n in p.output} & set(node.input)
             if waits and quantizer_of(graph, node) is not None:
                 self.flush()
-            handler = handlers.get(node.op_type)
+            handler = handlers.get(node.op_type) if node.domain in ("", "ai.onnx") else None
             if handler is None or not handler(self, node):
                 self.pending.append(node)
         self.flush()
