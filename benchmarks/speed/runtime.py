@@ -136,11 +136,12 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        made = [(f"conv {c}@{s}x{s}", lambda c=c, s=s: layer_cases(c, s, Path(folder)), 10) for c, s in LAYERS]
-        if not args.no_network:
-            made.append(("resnet18 224x224", lambda: network_cases(Path(folder)), 1))
-        for what, build, repeats in made:
-            times = measure(build(), args.rounds, repeats)
+        for size in (*LAYERS, *([] if args.no_network else [None])):
+            if size is None:
+                what, cases, repeats = "resnet18 224x224", network_cases(Path(folder)), 1
+            else:
+                what, cases, repeats = f"conv {size[0]}@{size[1]}x{size[1]}", layer_cases(*size, Path(folder)), 10
+            times = measure(cases, args.rounds, repeats)
             for name in ("ours", "ours-direct"):
                 row: dict[str, object] = {"what": what, "case": name, "us": round(statistics.median(times[name]), 1)}
                 for base in ("int8", "float"):

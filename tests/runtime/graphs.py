@@ -99,7 +99,7 @@ def residual_net(rng: np.random.Generator, *, shared: bool, bits: int = 4) -> on
     """
     net = Net(rng)
     x = net.quantized("input", "stem.input", 0.02, 8, signed=True)
-    x = net.conv(x, 0.02, "stem", 8, 16, 3, 7, 7, strides=[2, 2], pads=[3, 3, 3, 3])
+    x = net.conv(x, 0.02, "stem", 8, 32, 3, 7, 7, strides=[2, 2], pads=[3, 3, 3, 3])
     x = net.node("Relu", [x], "stem.relu")
     x = net.node("MaxPool", [x], "stem.pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
     wide = bits if shared else 8
@@ -128,10 +128,10 @@ def residual_net(rng: np.random.Generator, *, shared: bool, bits: int = 4) -> on
         total = net.node("Relu", [net.node("Add", [y, x], f"{at}.sum")], f"{at}.relu")
         return net.quantized(total, f"{at}.output", step, wide)
 
-    x = block(x, "one", 16, 16, 1, {})
-    x = block(x, "two", 16, 24, 2, {"group": 3})
-    x = block(x, "three", 24, 40, 2, {"group": 40})
+    x = block(x, "one", 32, 32, 1, {})
+    x = block(x, "two", 32, 36, 2, {"group": 3})
+    x = block(x, "three", 36, 48, 2, {"group": 48})
     x = net.node("GlobalAveragePool", [x], "mean")
     x = net.node("Flatten", [x], "flat")
     x = net.quantized(x, "head.input", 1.007 / 2**bits, bits)
-    return net.model(net.linear(x, "head", bits, 40, 10), 2, None, 3, 45, 39)
+    return net.model(net.linear(x, "head", bits, 48, 10), 2, None, 3, 45, 39)

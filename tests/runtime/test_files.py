@@ -52,7 +52,7 @@ def test_residual_networks(tmp_path, shared, bits):
     logits, *codes = in_onnxruntime(path, x, *names)
     assert len(names) > 9
     for name, theirs in zip(names, codes, strict=True):
-        assert len(np.unique(theirs)) > 4, f"{name} shows nothing"
+        assert len(np.unique(theirs)) > 3, f"{name} shows nothing"
         off = np.abs(values[name].astype(int) - theirs)
         assert off.max() <= 1, name
         assert (off > 0).mean() <= 1e-3, name

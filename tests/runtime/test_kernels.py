@@ -41,7 +41,7 @@ def convs(draw, winograd=False):
     out, inside = draw(st.integers(1, 70)), draw(st.integers(1, 70))
     groups, k, strides, dilations = 1, (3, 3), (1, 1), (1, 1)
     if winograd:
-        out, inside = max(out, 16), max(inside, 16)
+        out, inside = max(out, 32), max(inside, 32)
         pads = tuple(draw(st.tuples(*[st.integers(0, 1)] * 4)))
     else:
         groups = draw(st.sampled_from([1, 1, 2, 3, inside]))
@@ -122,8 +122,8 @@ def test_what_winograd_takes():
     """4 x 5 bits always; 8-bit inputs or weights, strides and dilations never."""
 
     def conv(weight: int, x: Codes, window: Window, groups: int = 1) -> str:
-        full = np.full((16, 16 // groups, 3, 3), weight, np.int8)
-        zeros = np.zeros(16, np.int32)
+        full = np.full((32, 32 // groups, 3, 3), weight, np.int8)
+        zeros = np.zeros(32, np.int32)
         return packing.kernel(Conv("l", full, zeros, zeros.astype(np.float32), x, window, None, groups))
 
     same = Window((3, 3), pads=(1, 1, 1, 1))
@@ -131,7 +131,7 @@ def test_what_winograd_takes():
     assert conv(-8, five, same) == conv(7, Codes(1.0, 128, 112, 143), same) == "winograd"
     assert conv(-8, Codes(1.0, 0), same) == conv(-128, five, same) == "direct"
     assert conv(1, five, Window((3, 3), (2, 2))) == conv(1, five, Window((3, 3), dilations=(2, 2))) == "direct"
-    assert conv(1, five, same, groups=16) == "depthwise"
+    assert conv(1, five, same, groups=32) == "depthwise"
 
 
 def test_sums_beyond_32_bits_are_refused():

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from bitwright.runtime.ops import Codes, Conv
 
 PANEL = 16  # output channels side by side in a vector
+LEAST_CHANNELS = 32  # with fewer, Winograd's transforms cost more than the products that it saves
 
 
 def panels(weight: NDArray) -> NDArray[np.int8]:
@@ -62,8 +63,7 @@ def kernel(conv: Conv) -> str:
     """Which kernel runs it: "winograd", "depthwise" or "direct"."""
     if conv.depthwise:
         return "depthwise"
-    # With few channels the transforms cost more than the products that they save.
-    worth = conv.winograd and min(conv.weight.shape[:2]) >= 16
+    worth = conv.winograd and min(conv.weight.shape[:2]) >= LEAST_CHANNELS
     return "winograd" if worth and fits_winograd(conv) else "direct"
 
 
