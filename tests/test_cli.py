@@ -79,15 +79,17 @@ def test_eval_agrees_with_the_summary(bitwright, trained):
     assert {k: found[k] for k in ("accuracy", "bitops", "size_bytes")} == {
         k: summary[k] for k in ("accuracy", "bitops", "size_bytes")
     }
-    assert found["coverage"] == {"ran": 16, "missed": [], "float": []}
+    assert found["coverage"] == {"ran": 23, "missed": [], "float": []}
     _, text, _ = bitwright("eval", trained)
     assert f"accuracy {summary['accuracy']:.2%} on 500 images" in text
-    assert "all 16 quantizers ran" in text
+    assert "all 23 quantizers ran" in text
     # Signedness was found from the data: the normalised image has negative values, what follows a relu has none.
     signed = {q["name"]: q["signed"] for q in found["quantizers"]}
-    assert len(signed) == 16
+    assert len(signed) == 23
     assert signed["conv1.input_quantizer"]
     assert not signed["layer2.0.conv2.input_quantizer"]
+    assert signed["layer2.0.bn2.output_quantizer"]
+    assert not signed["layer2.0.relu2.output_quantizer"]
     row = next(line for line in text.splitlines() if line.startswith("layer2.0.conv2.input_quantizer"))
     assert row.split()[1:] == ["Conv2d", "lsq", "clipped_ste", "4", "unsigned", "1"]
 
