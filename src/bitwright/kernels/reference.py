@@ -116,6 +116,8 @@ def fake_quantize(
         # The gradient of x passes the clip as well, while the scale keeps the gradient of the clipped form:
         # letting it through v = x / scale would push the scale away from the values that it clips.
         outside = ((v < lo) | (v > hi)).to(x.dtype)
-        y = y + (x - x.detach()) * outside
+        largest = torch.finfo(x.dtype).max  # an infinite x minus itself would be NaN
+        finite = x.clamp(-largest, largest)
+        y = y + (finite - finite.detach()) * outside
     # Under autocast the scale is float32 and `x` may be bfloat16: the next layer would narrow `y` anyway.
     return y if y.dtype == x.dtype else y.to(x.dtype)
