@@ -123,7 +123,9 @@ def test_training_form_integer_form_and_file_are_the_network_written_out(kind, t
     report = verify(model, path, [x])
     assert report.ok, report.first_difference
     rows = {row["name"]: row for row in report.rows()}
-    assert all(rows[f"{name}.output_quantizer"]["values"] > 0 for name in outputs(model))
+    found = {name: row for name, row in rows.items() if row["what"] == "output"}
+    assert found.keys() == {f"{name}.output_quantizer" for name in outputs(model)}
+    assert all(row["values"] > 0 for row in found.values())
     assert all((f"{n}.input_quantizer" in rows) == (kind == "res8") for n in ("conv1", "main", "side"))
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from bitwright.layers import OUTPUT
+
 # Two exact implementations still disagree where float32 rounding upstream (a norm, a softmax, a requantization) puts
 # a value on the other side of a tie. Over images whose earlier codes all agree this stays below one in a thousand.
 FLIP_RATE = 1e-3
@@ -56,7 +58,7 @@ class Comparison:
 
 @dataclass
 class InputRow:
-    """One input quantizer: training form against frozen form, frozen form against file."""
+    """One quantizer of an input or an output: training form against frozen form, frozen form against file."""
 
     name: str
     bits: int
@@ -165,7 +167,7 @@ class VerifyReport:
                 out.append(
                     {
                         "name": row.name,
-                        "what": "input",
+                        "what": "output" if row.name.endswith(OUTPUT) else "input",
                         "bits": row.bits,
                         "values": row.file.codes,
                         "different_frozen": row.frozen.flips,
