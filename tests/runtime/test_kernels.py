@@ -8,7 +8,7 @@ from running import PATHS, run_native
 
 from bitwright.errors import BitwrightError
 from bitwright.runtime import packing, reference
-from bitwright.runtime.build import choose
+from bitwright.runtime.build import available, choose
 from bitwright.runtime.ops import Add, AddFloat, Codes, Conv, Dequantize, MaxPool, Mean, Quantize, Table, Window
 
 QUICK = settings(max_examples=25, deadline=None)
@@ -168,6 +168,13 @@ def test_elementwise(path, data):
         with np.errstate(invalid="ignore", over="ignore"):
             want = reference.run(op, *inputs)
         np.testing.assert_array_equal(run_native(op, *inputs, path=path), want, err_msg=str(op))
+
+
+def test_the_path_is_chosen_by_name(monkeypatch):
+    assert choose(None) == available()[0]
+    monkeypatch.setenv("BITWRIGHT_RUNTIME", "reference")
+    assert choose(None) == "reference"
+    assert choose(available()[0]) == available()[0]
 
 
 def test_an_unknown_path_is_refused():

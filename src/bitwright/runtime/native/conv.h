@@ -176,9 +176,9 @@ TARGET static void PATH(winograd)(const Op *op) {
         const int64_t many = min64(op->block, tiles - first), pieces = (many + TALL - 1) / TALL;
         for (int64_t t = 0; t < many; t++) {
             const int64_t y = 2 * ty - op->top, x = 2 * tx - op->left, row = op->w * op->c;
-            const uint8_t *image = (const uint8_t *)op->x + n * op->h * row, *from = image + y * row + x * op->c;
+            const uint8_t *image = (const uint8_t *)op->x + n * op->h * row;
             if (y >= 0 && x >= 0 && y + 4 <= op->h && x + 4 <= op->w) {
-                PATH(input_tile)(op, from, row, v + t * deep, op->block * deep);
+                PATH(input_tile)(op, image + y * row + x * op->c, row, v + t * deep, op->block * deep);
             } else {
                 for (int64_t i = 0; i < 16; i++) {
                     const int64_t iy = y + i / 4, ix = x + i % 4;
