@@ -161,7 +161,8 @@ TARGET static __attribute__((noinline)) void PATH(output_tiles)(const Op *given,
     }
 }
 
-/* F(2x2, 3x3). Weights are 4 G g G^T, so sums are four times the true ones; `multiplier` holds the quarter and `init` four biases.
+/* F(2x2, 3x3). Weights are 4 G g G^T, so sums are four times the true ones; `multiplier` holds the quarter and `init`
+   four biases.
    scratch: op->block tiles of 16 * 4 * k4 bytes, then 16 * TALL * 2 * PANEL sums, two numbers a tile, 4 x 4 pixels. */
 TARGET static void PATH(winograd)(const Op *op) {
     static const int64_t start = 0;

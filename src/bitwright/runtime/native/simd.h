@@ -46,8 +46,8 @@ INLINE void PATH(narrow)(uint8_t *p, VI v) {
 #if LEVEL == 2
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v));
 #elif LEVEL == 1
-    const __m256i low = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1,
-                                         -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m128i firsts = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i low = _mm256_broadcastsi128_si256(firsts);
     const __m256i bytes = _mm256_shuffle_epi8((__m256i)v, low);
     const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
     _mm_storel_epi64((__m128i *)p, both);
