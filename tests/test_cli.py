@@ -132,7 +132,8 @@ def test_export_then_verify_then_a_changed_file(bitwright, trained, tmp_path):
 
     content = bytearray(file.read_bytes())
     model = onnx.load(file)
-    weight = next(t for t in model.graph.initializer if t.name == "layer2.0.conv1.weight_int4")
+    packed = next(n.input[0] for n in model.graph.node if n.output[0] == "layer2.0.conv1.codes")
+    weight = next(t for t in model.graph.initializer if t.name == packed)
     place = content.index(weight.raw_data)
     content[place + 10] ^= 1
     file.write_bytes(content)

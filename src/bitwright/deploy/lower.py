@@ -69,7 +69,8 @@ class Lowering(GraphBuilder):
             widths = field_widths(weight.bits)
             names = [self.constant(f"{name}.weight_u{w}", f) for w, f in zip(widths, fields, strict=True)]
             shape = self.constant(f"shape_{'x'.join(map(str, numbers.shape))}", np.array(numbers.shape, np.int64))
-            numbers_of = [self.scalar(weight.step, np.int32), self.scalar(weight.offset, np.int32)]
+            line = (weight.multiple * weight.step, weight.multiple * weight.offset)
+            numbers_of = [self.scalar(number, np.int32) for number in line]
             kind = function_name(weight.bits, target)
             self.functions.setdefault(kind, unpack_function(weight.bits, target))
             self.node(kind, [*names, shape, *numbers_of], out, domain=DOMAIN)

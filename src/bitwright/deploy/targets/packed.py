@@ -39,7 +39,8 @@ def packed_layer(layer: IntLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if layer.packed is None:
         tensors["weight"] = layer.values
     else:
-        fields |= {"bits": layer.bits, "step": layer.packed.step, "offset": layer.packed.offset}
+        times = layer.packed.multiple
+        fields |= {"bits": layer.bits, "step": times * layer.packed.step, "offset": times * layer.packed.offset}
         tensors["packed"] = packed_loader.pack(layer.packed.stored, layer.bits)
         tensors["scale"] = layer.packed.scale
     if isinstance(layer, IntConv) and layer.same:

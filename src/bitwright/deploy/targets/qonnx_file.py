@@ -79,7 +79,7 @@ class QonnxLowering(Lowering):
         silent = weight.scale.numpy() == 0  # behind a norm with zero gain; the executor divides by the scale
         if silent.any() and weight.step == 2:
             raise BitwrightError(f"{name}: target qonnx has no 0 for a channel whose scale is 0; use a grid with one")
-        scale = np.where(silent, np.float32(1), weight.scale.numpy()).reshape(shape)
+        scale = np.where(silent, np.float32(1), weight.scale.numpy() * np.float32(weight.multiple)).reshape(shape)
         if weight.bits == 1 and weight.step == 2:
             inputs = [stored, self.constant(f"{out}.scale", np.abs(scale))]
             return self.node("BipolarQuant", inputs, out, domain=QUANT_DOMAIN)
