@@ -196,8 +196,10 @@ class Recipe(Section):
         """Hexadecimal hash of everything that decides what the run computes; where it runs does not count."""
         content = self.model_dump(mode="json", exclude={*WHERE})
         del content["data"]["dir"]
-        if self.topology == "fpres":  # all there was at first: those runs and partners keep their names
-            del content["topology"]
+        # Keys that came later: with what was all there was before, earlier runs and partners keep their names.
+        for key, first in (("topology", "fpres"), ("activation_memory", 1.0)):
+            if content[key] == first:
+                del content[key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
