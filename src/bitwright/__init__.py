@@ -16,6 +16,7 @@ from bitwright.step import Step, StepResult
 from bitwright.topology import topology
 
 if TYPE_CHECKING:
+    from bitwright import runtime
     from bitwright.deploy import export, freeze, load_packed, snap_biases, verify
 
 __version__ = "0.1.0"
