@@ -10,7 +10,6 @@ A ratio is that of one round's two times; the table gives its median and quartil
 
 import argparse
 import copy
-import csv
 import platform
 import statistics
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import onnxruntime
 import torch
+from measure import write
 from torch import nn
 
 import bitwright as bw
@@ -99,11 +99,7 @@ def main() -> None:
             }
         )
         print({k: v for k, v in rows[-1].items() if k not in ("model", "size", "rounds", "onnxruntime", "cpu")})
-    if args.out:
-        with args.out.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    write(rows, args.out)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ Counted by a TorchDispatchMode on a convolution's weight (per channel) and input
 
 import argparse
 import contextlib
-import csv
 from pathlib import Path
 
 import torch
+from measure import write
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitwright as bw
@@ -66,11 +66,7 @@ def main() -> None:
                 row = {"grid": grid, "estimator": estimator, "role": role, "home": home}
                 rows.append({**row, "forward": forward, "backward": backward, "both": forward + backward})
                 print(rows[-1])
-    if args.out:
-        with args.out.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    write(rows, args.out)
 
 
 if __name__ == "__main__":
