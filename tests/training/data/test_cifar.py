@@ -190,3 +190,24 @@ def test_the_real_set() -> None:
     assert torch.cat(labels).bincount().tolist() == [1000] * 10
     assert torch.cat(images).mean((0, 2, 3)).abs().max() < 0.05
     assert (torch.cat(images).std((0, 2, 3)) - 1).abs().max() < 0.02
+
+
+@both
+def test_smaller_images_are_means_of_squares(layout: Layout, tmp_path: Path) -> None:
+    write(tmp_path / "data", layout)
+    whole = load(layout, tmp_path)
+    for size in (16, 8):
+        small = load(layout, tmp_path, image_size=size)
+        square = 32 // size
+        for split in ("train_images", "test_images"):
+            images = getattr(whole, split).numpy().astype(np.float64)
+            n = len(images)
+            means = images.reshape(n, 3, size, square, size, square).mean((3, 5))
+            assert np.array_equal(getattr(small, split).numpy(), np.rint(means).astype(np.uint8))
+        assert (small.image_size, small.padding) == (size, size // 8)
+        assert torch.equal(small.train_labels, whole.train_labels)
+
+
+def test_an_image_size_that_is_no_divisor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BitwrightError, match="image_size is 20, accepted are 32, 16, 8"):
+        load(TINY["cifar10"], tmp_path, image_size=20)

@@ -31,7 +31,7 @@ def load_data(
     data_dir: the first place to look in. cache: the folder for downloads, by default `bitwright` in the user's cache
     folder; looked in too. options: `subset` (n training images, every class in proportion, always the same ones),
     `augment`, `mean` and `std` (a number a channel, for pixels in [0, 1]); `download=False` for sets that are
-    otherwise fetched; `image_size`, `resize` and `workers` for pictures in folders.
+    otherwise fetched; `image_size` for CIFAR and for pictures in folders; `resize` and `workers` for the latter.
 
     Raises: BitwrightError for an unknown name (with close matches) or option, and for data that is missing, damaged
     or cannot be fetched.
