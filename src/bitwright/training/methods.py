@@ -49,7 +49,7 @@ def _kd(options: dict[str, Any], context: MethodContext) -> Method:
 
 
 def _bwrf(options: dict[str, Any], context: MethodContext) -> Method:
-    own = {"seed": context.seed, "loss_fn": context.loss_fn}
+    own = {"seed": context.seed, "loss_fn": context.loss_fn, "total_steps": context.steps}
     return BWRF(context.model, context.need_partner("bwrf"), **{**own, **options})
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from bitwright import KD, BitwrightError
 from bitwright.methods.base import Batch
-from bitwright.methods.bwrf import BWRF, branch_weights
+from bitwright.methods.bwrf import BWRF, branch_weights, fade_factor
 from bitwright.methods.kd import kd_loss
 from methods.nets import data, float_net, make_step, quantized, run, same_state
 
@@ -196,10 +196,33 @@ def test_sampling_takes_one_branch_a_step_and_is_unbiased():
     assert counts == pytest.approx(branch_weights(3, "geometric", 1.2), abs=0.03)
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("none", [1.0, 1.0, 1.0, 1.0]), ("linear", [1.0, 0.75, 0.5, 0.0]), ("cosine", [1.0, 0.853553, 0.5, 0.0])],
+)
+def test_branches_fade_along_the_curve_that_is_asked_for(kind, expected):
+    assert [fade_factor(kind, t) for t in (0.0, 0.25, 0.5, 1.0)] == pytest.approx(expected, abs=1e-6)
+    assert fade_factor(kind, 1.5) == pytest.approx(expected[-1])  # steps beyond the end
+
+
+def test_a_fading_branch_weighs_what_its_step_says_and_ends_with_nothing():
+    model, partner = pair()
+    method = BWRF(model, partner, fade="linear", total_steps=4)
+    step = make_step(model, [method])
+    for done in range(4):
+        assert method.chosen() == pytest.approx({0: 0.25 * (1 - done / 4), 1: 0.5 * (1 - done / 4)})
+        run(step, done, done + 1)
+    assert method.chosen() == {}
+    run(step, 4, 5)
+    assert "bwrf_branches" not in step.result.losses
+    assert "bwrf_kd" in step.result.losses
+
+
 def test_a_resumed_run_samples_the_same_branches():
     def fresh():
         model, partner = pair()
-        return model, make_step(model, [BWRF(model, partner, sample=True, seed=5)])
+        method = BWRF(model, partner, sample=True, seed=5, fade="cosine", total_steps=10)
+        return model, make_step(model, [method])
 
     whole, step = fresh()
     run(step, 0, 8)
@@ -322,6 +345,8 @@ def test_blocks_that_did_not_run_or_have_other_shapes_are_refused():
         ({"alpha": -1.0}, "alpha"),
         ({"beta": -1.0}, "beta"),
         ({"alpha": 0.0, "branch_loss": "kd"}, "alpha"),
+        ({"fade": "step", "total_steps": 9}, "fade"),
+        ({"fade": "linear"}, "total_steps"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(options, message):

@@ -1,5 +1,6 @@
 """BWRF: low-precision blocks learn inside the frozen full-precision network."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from bitwright.prepare import quantizers
 ORDERS = ("prefix", "suffix")
 BRANCH_LOSSES = ("both", "ce", "kd")
 WEIGHTS = ("geometric", "uniform")
+FADES = ("none", "linear", "cosine")
 
 
 def branch_weights(count: int, kind: str, beta: float) -> list[float]:
@@ -29,6 +31,17 @@ def branch_weights(count: int, kind: str, beta: float) -> list[float]:
     if kind == "uniform":
         return [beta / (count - 1)] * (count - 1)
     return [beta * 2.0 ** (k - count) for k in range(1, count)]
+
+
+def fade_factor(kind: str, progress: float) -> float:
+    """Factor of the branches' weights after the fraction `progress` of training: 1 at 0, and 0 at 1 unless "none".
+
+    linear: 1 - progress; cosine: (1 + cos(pi progress)) / 2; none: 1 throughout.
+    """
+    progress = min(progress, 1.0)
+    if kind == "linear":
+        return 1.0 - progress
+    return 1.0 if kind == "none" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class Partner:
@@ -167,6 +180,9 @@ class BWRF(Method):
         weights: "geometric" (default): w_k = beta 2^-(n-k), or "uniform": beta / (n - 1).
         alpha, beta: weights of distillation and of all branches, >= 0. Default 1, 1.
         temperature: of distillation. Default 4 (CIFAR); ImageNet recipes use 1.
+        fade: "none" (default): branches weigh the same throughout; "linear" or "cosine": their weights fall to 0 over
+            `total_steps` optimizer steps (`fade_factor`), so that what is shipped was last trained for itself.
+        total_steps: optimizer steps of the whole training; only a fade needs it.
         sample: True runs one branch a step, k drawn with p_k proportional to w_k, weighted w_k / p_k.
         joint: "prefix" only: True gives z_F and all branches in one forward pass of the partner. Fewer kernel
             launches, but the teacher's rows then take part in the backward pass; default False.
@@ -195,6 +211,8 @@ class BWRF(Method):
         alpha: float = 1.0,
         beta: float = 1.0,
         temperature: float = 4.0,
+        fade: str = "none",
+        total_steps: int | None = None,
         sample: bool = False,
         joint: bool = False,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
@@ -205,6 +223,7 @@ class BWRF(Method):
             ("order", order, ORDERS),
             ("branch_loss", branch_loss, BRANCH_LOSSES),
             ("weights", weights, WEIGHTS),
+            ("fade", fade, FADES),
         ):
             if value not in accepted:
                 raise BitwrightError(f"bwrf: {key}={value!r} is not accepted; use {' or '.join(accepted)}")
@@ -215,6 +234,8 @@ class BWRF(Method):
             )
         if branch_loss == "kd" and alpha == 0:
             raise BitwrightError("bwrf: branch_loss='kd' with alpha=0 leaves the branches no loss; use alpha > 0")
+        if fade != "none" and (total_steps is None or total_steps < 1):
+            raise BitwrightError(f"bwrf: total_steps={total_steps} is not accepted; fade={fade!r} needs at least 1")
         self.model, inside = unwrap(model), unwrap(partner)
         if {id(p) for p in self.model.parameters()} & {id(p) for p in inside.parameters()}:
             raise BitwrightError("bwrf: model and partner share parameters; give a partner of its own (a deep copy)")
@@ -229,6 +250,7 @@ class BWRF(Method):
                 raise BitwrightError(f"bwrf: the {role} has no module {missing[0]!r}; blocks are names of its modules")
         self.order, self.branch_loss, self.backbone_kd = order, branch_loss, backbone_kd
         self.alpha, self.temperature = alpha, temperature
+        self.fade, self.total_steps, self.steps = fade, total_steps or 1, 0
         self.sample, self.joint, self.loss_fn = sample, joint and order == "prefix", loss_fn
         self.weights = branch_weights(len(self.blocks), weights, beta)
         self.partner = Partner(partner, self.blocks)
@@ -244,7 +266,8 @@ class BWRF(Method):
 
     def chosen(self) -> dict[int, float]:
         """{index of the block behind which the branch changes network: weight} for this step."""
-        every = {k: w for k, w in enumerate(self.weights) if w > 0}
+        factor = fade_factor(self.fade, self.steps / self.total_steps)
+        every = {k: w * factor for k, w in enumerate(self.weights) if w * factor > 0}
         if not self.sample or not every:
             return every
         total = sum(every.values())
@@ -309,8 +332,12 @@ class BWRF(Method):
             terms.append(self.alpha * kd_loss(logits, teacher, self.temperature))
         return torch.stack([t.float() for t in terms]).sum()
 
+    def after_step(self, step: Any) -> None:
+        self.steps += 1
+
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state()}
+        return {"generator": self._generator.get_state(), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = int(state["steps"])
         self._generator.set_state(state["generator"])
