@@ -1,6 +1,7 @@
 """Sweeps: expansion, the table, and real processes."""
 
 import csv
+import fcntl
 import json
 import statistics
 
@@ -94,3 +95,15 @@ def test_a_sweep_runs_survives_a_failing_run_and_goes_on(tmp_path):
     assert run_sweep(path, out, say=said.append) == 0
     assert said == ["1 runs, 1 finished before, 2 side by side"]
     assert (out / "lsq-seed0" / "summary.json").stat().st_mtime_ns == stamp
+
+
+def test_a_second_sweep_in_the_same_folder_is_refused_and_touches_nothing(tmp_path):
+    path, out = tmp_path / "sweep.yaml", tmp_path / "out"
+    path.write_text("recipe: digits-w4a4\nseeds: [0]\n")
+    out.mkdir()
+    with (out / "sweep.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BitwrightError, match="another sweep is running there") as caught:
+            run_sweep(path, out)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in out.iterdir()] == ["sweep.lock"]

@@ -1,6 +1,7 @@
 """Many runs from one file: a process per run, resumable, one table that grows as runs end."""
 
 import csv
+import fcntl
 import itertools
 import json
 import os
@@ -9,7 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,7 +181,7 @@ def run_sweep(
         data_dir: passed to every run. jobs: instead of the file's. say: receives one line per event.
 
     Raises:
-        BitwrightError: the file is not a sweep, or `out` cannot be written.
+        BitwrightError: the file is not a sweep, `out` cannot be written, or another sweep is running there.
     """
     sweep = read_sweep(path)
     recipe = sweep.recipe
@@ -190,38 +192,50 @@ def run_sweep(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BitwrightError(f"{out}: {error.strerror or error}") from None
-    waiting = [r for r in runs if result_of(out / r.name) is None]
-    say(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before, {jobs or sweep.jobs} side by side")
-    going: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
-    failed: dict[str, str] = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(sweep.threads)}
-    try:
-        while waiting or going:
-            while waiting and len(going) < (jobs or sweep.jobs):
-                run = waiting.pop(0)
-                with (out / f"{run.name}.log").open("ab") as log:
-                    line = command(sweep, recipe, run, out / run.name, data_dir)
-                    going[run.name] = (run, subprocess.Popen(line, stdout=log, stderr=log, env=environment))
-            time.sleep(0.2)
-            for name, (_, process) in list(going.items()):
-                if process.poll() is None:
-                    continue
-                del going[name]
-                summary = result_of(out / name)
-                if process.returncode != 0 or summary is None:
-                    failed[name] = last_line(out / f"{name}.log") or f"exit code {process.returncode}"
-                    say(f"{name}: FAILED: {failed[name]}")
-                else:
-                    say(f"{name}: {100 * summary['accuracy']:.2f} %")
-                write_results(out, runs, failed)
-    except BaseException:
-        for _, process in going.values():
-            process.send_signal(signal.SIGTERM)
-        for _, process in going.values():
-            process.wait()
-        raise
-    write_results(out, runs, failed)
-    return len(failed)
+    with _alone(out):
+        waiting = [r for r in runs if result_of(out / r.name) is None]
+        say(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before, {jobs or sweep.jobs} side by side")
+        going: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
+        failed: dict[str, str] = {}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(sweep.threads)}
+        try:
+            while waiting or going:
+                while waiting and len(going) < (jobs or sweep.jobs):
+                    run = waiting.pop(0)
+                    with (out / f"{run.name}.log").open("ab") as log:
+                        line = command(sweep, recipe, run, out / run.name, data_dir)
+                        going[run.name] = (run, subprocess.Popen(line, stdout=log, stderr=log, env=environment))
+                time.sleep(0.2)
+                for name, (_, process) in list(going.items()):
+                    if process.poll() is None:
+                        continue
+                    del going[name]
+                    summary = result_of(out / name)
+                    if process.returncode != 0 or summary is None:
+                        failed[name] = last_line(out / f"{name}.log") or f"exit code {process.returncode}"
+                        say(f"{name}: FAILED: {failed[name]}")
+                    else:
+                        say(f"{name}: {100 * summary['accuracy']:.2f} %")
+                    write_results(out, runs, failed)
+        except BaseException:
+            for _, process in going.values():
+                process.send_signal(signal.SIGTERM)
+            for _, process in going.values():
+                process.wait()
+            raise
+        write_results(out, runs, failed)
+        return len(failed)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the lock of a sweep's folder: a second sweep there would start the first one's runs again."""
+    with (out / "sweep.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BitwrightError(f"{out}: another sweep is running there; wait for it or give another --out") from None
+        yield
 
 
 def last_line(log: Path) -> str:
