@@ -310,6 +310,10 @@ def _verify(run: Any, file: Path, *, images: int, as_json: bool = False, layers:
             f"verified: {result.path} on {result.images:,} images, {result.different_file} predictions differ, "
             f"largest logit difference {result.logit_difference:.2g}"
         )
+        if result.float32_differs:
+            print(
+                f"{result.float32_differs} near-ties: the training form decides them otherwise in float32 than in float64"
+            )
     if not result.ok:
         print(f"NOT the network that was trained: {result.first_difference}", file=sys.stderr)
         raise typer.Exit(1)
