@@ -312,7 +312,7 @@ def _verify(run: Any, file: Path, *, images: int, as_json: bool = False, layers:
         )
         if result.float32_differs:
             print(
-                f"{result.float32_differs} near-ties: the training form decides them otherwise in float32 than in float64"
+                f"{result.float32_differs} near-ties: the training form decides them otherwise in float32 than float64"
             )
     if not result.ok:
         print(f"NOT the network that was trained: {result.first_difference}", file=sys.stderr)
