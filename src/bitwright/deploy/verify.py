@@ -1,6 +1,7 @@
 """`verify`: is this file the network that was trained? Layer by layer, in the runtime as users run it."""
 
 import copy
+import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from bitwright.deploy.targets.opened import Network, Opened
 from bitwright.errors import BitwrightError
 from bitwright.prepare import quantizers
 
+RUNTIMES = ("default", "native")
 
-def verify(model: nn.Module, path: str | Path, batches: Iterable[Any]) -> VerifyReport:
+
+def verify(model: nn.Module, path: str | Path, batches: Iterable[Any], *, runtime: str = "default") -> VerifyReport:
     """Compare the training form, the frozen integer form and the file in its runtime at default settings.
 
     The target is read off the file. Predictions come from the file as it is. The training form runs in float32; an
@@ -28,10 +31,12 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any]) -> Verify
         model: as it was exported; it is not changed.
         path: the file.
         batches: inputs, or (input, target) pairs; all are used.
+        runtime: "default", the target's own (onnxruntime for `onnx`), or "native", `bitwright.runtime`, for `onnx`.
 
     Raises:
-        BitwrightError: the file is missing, damaged, not written by `export`, or of a network with other layers; its
-            runtime is missing; there is no batch; or the model has no frozen form.
+        BitwrightError: `runtime` is unknown or does not run this target; the file is missing, damaged, not written by
+            `export`, or of a network with other layers; its runtime is missing; there is no batch; or the model
+            has no frozen form.
     """
     path = Path(path)
     stream = (batch_inputs(b).cpu() for b in batches)
@@ -39,6 +44,7 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any]) -> Verify
     if first is None:
         raise BitwrightError("verify: no batch was given")
     target = target_of(path)
+    opener = opener_of(path, target, runtime)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model if device.type == "cpu" else copy.deepcopy(model).cpu()
     frozen, exact = freeze(training, first), Exact(training)
@@ -47,7 +53,7 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any]) -> Verify
         recorder.run(first[:1])
         calls = {name: len(codes) for name, codes in recorder.frozen.items()}
         executed = {n: layers[n] for n in recorder.order if n in layers}
-        file = OPEN[target](path, Network(training, frozen, first[:1], executed, calls, recorder.codes))
+        file = opener(path, Network(training, frozen, first[:1], executed, calls, recorder.codes))
         rows = [row for n in recorder.order if (row := first_row(n, layers, recorder, file)) is not None]
         report = VerifyReport(str(path), rows, target)
         for x in (first, *stream):
@@ -56,6 +62,18 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any]) -> Verify
             clean = compare_codes(report, recorder, codes, x.shape[0])
             compare_outputs(report, *outputs, logits, clean, lambda rows, x=x: exact(x[rows]))
     return report
+
+
+def opener_of(path: Path, target: str, runtime: str) -> Callable[[Path, Network], Opened]:
+    """What opens a file of `target`; BitwrightError if that runtime does not."""
+    if runtime not in RUNTIMES:
+        raise BitwrightError(f"runtime {runtime!r} is not accepted; use {' or '.join(RUNTIMES)}")
+    if runtime == "default":
+        return OPEN[target]
+    if target != "onnx":
+        raise BitwrightError(f"{path}: is of target {target}; the native runtime runs files of target onnx")
+    # The runtime reads files with this package's own functions, so it comes second.
+    return importlib.import_module("bitwright.runtime.opened").NativeFile
 
 
 class Exact:
