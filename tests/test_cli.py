@@ -129,6 +129,15 @@ def test_export_then_verify_then_a_changed_file(bitwright, trained, tmp_path):
     assert timed["ratio"] > 0
     assert sum(timed["integer_kernels"].values()) + sum(timed["float_kernels"].values()) == 8  # 7 convolutions, fc
     assert "integer kernels" in bitwright("bench", trained, file, "--runs", 3)[1]
+    code, out, _ = bitwright("verify", trained, file, "--images", 100, "--runtime", "native", "--json")
+    native = json.loads(out)
+    assert (code, native["ok"], native["different_file"]) == (0, True, 0)
+    assert "use default or native" in refused(bitwright("verify", trained, file, "--runtime", "onnx"))
+    code, out, _ = bitwright("bench", trained, file, "--runs", 3, "--runtime", "native", "--json")
+    timed = json.loads(out)
+    assert (code, timed["operators"]) == (0, {})
+    assert sum(timed["integer_kernels"].values()) + sum(timed["float_kernels"].values()) == 8
+    assert set(timed["integer_kernels"]) <= {"winograd", "direct", "depthwise"}
 
     content = bytearray(file.read_bytes())
     model = onnx.load(file)
@@ -155,6 +164,7 @@ def test_other_targets_are_recognised_by_content(bitwright, trained, tmp_path):
     found = json.loads(out)
     assert code == 0
     assert (found["target"], found["ok"], found["different_file"]) == ("packed", True, 0)
+    assert "runs files of target onnx" in refused(bitwright("verify", trained, file, "--runtime", "native"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-50] + bytes(50))
     code, _, err = bitwright("verify", trained, file, "--images", "50")

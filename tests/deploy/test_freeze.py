@@ -285,7 +285,13 @@ def test_snapped_biases_lie_on_the_grid_and_stay():
     assert snap_biases(model, x) == 3  # stem, depthwise (both read by codes) and point; the others feed float operators
     frozen = freeze(model, x)
     moved = [k for k, v in model.state_dict().items() if not torch.equal(v, before[k])]
-    assert set(moved) <= {"stem_norm.bias", "depthwise_norm.bias", "point_norm.running_mean"}
+    biases = {"stem_norm.bias", "depthwise_norm.bias", "point_norm.running_mean"}
+    gains = {"stem_norm.weight", "depthwise_norm.weight"}
+    scales = {k for k in moved if k.endswith("quantizer.grid.scale")}
+    assert set(moved) - scales <= biases | gains
+    assert all("add." in k or k.startswith("depthwise.input") for k in scales)
+    for key in gains | scales:
+        torch.testing.assert_close(model.state_dict()[key], before[key], rtol=0.01, atol=0)
     layers = [m for m in frozen.modules() if isinstance(m, IntLayer) and m.bias_codes is not None]
     assert len(layers) == 3
     for layer in layers:

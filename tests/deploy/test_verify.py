@@ -14,6 +14,8 @@ from torch import nn
 
 import bitwright as bw
 from bitwright.deploy import export, snap_biases, verify
+from bitwright.deploy.comparison import VerifyReport
+from bitwright.deploy.verify import compare_outputs
 from bitwright.errors import BitwrightError
 
 
@@ -213,3 +215,26 @@ def test_numbers_survive():
     tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer}
     codes = model.last.weight_quantizer.integer_codes(model.last.weight)
     assert np.array_equal(tensors["last.codes"], codes.numpy())
+
+
+def test_float64_decides_where_float32_cannot():
+    trained, file = torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+    asked = []
+
+    def exact(rows: torch.Tensor) -> torch.Tensor:
+        asked.append(rows.tolist())
+        return torch.tensor([[1.0, 1.0 + 2.0**-30]], dtype=torch.float64)
+
+    report = VerifyReport("f", [])
+    compare_outputs(report, trained, file, file, torch.ones(2, dtype=torch.bool), exact)
+    assert asked == [[True, False]]
+    assert (report.float32_differs, report.different_frozen, report.different_file) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("answer", [torch.tensor([[1.0, 0.0]]).double(), None])
+def test_what_float64_does_not_explain_stays_a_difference(answer):
+    trained, file = torch.tensor([[1.0, 0.0], [2.0, 1.0]]), torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+    report = VerifyReport("f", [])
+    compare_outputs(report, trained, trained, file, torch.ones(2, dtype=torch.bool), lambda _: answer)
+    assert (report.float32_differs, report.different_frozen, report.different_file) == (0, 0, 1)
+    assert not report.ok

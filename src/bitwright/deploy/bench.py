@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import importlib
 import statistics
 import tempfile
 import time
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -22,6 +24,8 @@ from bitwright.deploy.operators import operator_shares
 from bitwright.deploy.packing import OPSET
 from bitwright.deploy.probe import read
 from bitwright.deploy.static import quantize
+from bitwright.deploy.targets import target_of
+from bitwright.deploy.verify import opener_of
 from bitwright.errors import BitwrightError
 
 INTEGER = {
@@ -81,9 +85,15 @@ class BenchReport:
 
 
 def bench(
-    path: str | Path, float_model: nn.Module, example: Tensor, threads: int = 1, *, runs: int = 30
+    path: str | Path,
+    float_model: nn.Module,
+    example: Tensor,
+    threads: int = 1,
+    *,
+    runs: int = 30,
+    runtime: str = "default",
 ) -> BenchReport:
-    """Time the file, the float model and its static quantization in onnxruntime, alternating, at default settings.
+    """Time the file, the float model and its static quantization, alternating, at default settings.
 
     Args:
         path: a file written by `export`.
@@ -91,31 +101,35 @@ def bench(
         example: one input batch; its size is the batch size timed.
         threads: of the runtime.
         runs: timed runs of each, at least 2, after three that warm up.
+        runtime: what runs the file: "default", onnxruntime, or "native", `bitwright.runtime`, beside the other two in
+            onnxruntime. The native one tells no time by operator.
 
     Raises:
-        BitwrightError: the file cannot be read or run, the float model cannot be exported, or an argument is bad.
+        BitwrightError: `runtime` is unknown or cannot run the file; the file cannot be read or run, the float model
+            cannot be exported, or an argument is bad.
     """
     if threads < 1 or runs < 2:
         raise BitwrightError(f"bench: threads={threads}, runs={runs}; at least 1 thread and 2 runs are needed")
     path = Path(path)
-    read(path)
+    opener_of(path, target_of(path), runtime)
     x = {"input": example.cpu().numpy()}
     with tempfile.TemporaryDirectory() as folder:
         partner, static = Path(folder) / "float.onnx", Path(folder) / "static.onnx"
         partner.write_bytes(float_onnx(float_model, example.cpu()))
         try:
-            ours, optimized = session(path, threads, Path(folder) / "optimized.onnx")
-            sessions = [ours, session(partner, threads, None)[0]]
-            for each in sessions:
-                each.run(None, x)
+            ours = native(path, threads) if runtime == "native" else in_onnxruntime(path, threads, Path(folder))
+            calls = [functools.partial(ours.run, x["input"]), run_of(session(partner, threads, None)[0], x)]
+            for call in calls:
+                call()
+        except BitwrightError:
+            raise
         except Exception as error:
             raise BitwrightError(f"{path}: onnxruntime cannot run it on this input: {first_line(error)}") from error
         with contextlib.suppress(BitwrightError):
             quantize(partner, x["input"], static)
-            sessions.append(session(static, threads, None)[0])
-        times = alternate([functools.partial(each.run, None, x) for each in sessions], runs)
-        operators = operator_shares(path, x, threads, Path(folder))
-    kinds = Counter(node.op_type for node in optimized.graph.node) if optimized else Counter()
+            calls.append(run_of(session(static, threads, None)[0], x))
+        times = alternate(calls, runs)
+        operators = {} if runtime == "native" else operator_shares(path, x, threads, Path(folder))
     return BenchReport(
         file=Latency.of(times[0]),
         float_model=Latency.of(times[1]),
@@ -126,9 +140,44 @@ def bench(
         batch=example.shape[0],
         threads=threads,
         runs=runs,
-        integer_kernels={k: kinds[k] for k in sorted(INTEGER & kinds.keys())},
-        float_kernels={k: kinds[k] for k in sorted(FLOAT & kinds.keys())},
+        integer_kernels=ours.integer_kernels,
+        float_kernels=ours.float_kernels,
     )
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A file that runs, and on what its convolutions and products do."""
+
+    run: Callable[[np.ndarray], Any]
+    integer_kernels: dict[str, int]
+    float_kernels: dict[str, int]
+
+
+def run_of(made: onnxruntime.InferenceSession, x: dict[str, np.ndarray]) -> Callable[[], Any]:
+    """A run of a session."""
+    return functools.partial(made.run, None, x)
+
+
+def in_onnxruntime(path: Path, threads: int, folder: Path) -> Timed:
+    """The file in onnxruntime; kernels are those of its optimized graph."""
+    made, optimized = session(path, threads, folder / "optimized.onnx")
+    kinds = Counter(node.op_type for node in optimized.graph.node) if optimized else Counter()
+    return Timed(
+        lambda x: made.run(None, {"input": x}),
+        {k: kinds[k] for k in sorted(INTEGER & kinds.keys())},
+        {k: kinds[k] for k in sorted(FLOAT & kinds.keys())},
+    )
+
+
+def native(path: Path, threads: int) -> Timed:
+    """The file in the native runtime; what it leaves to onnxruntime counts by the file's own operators."""
+    # The runtime reads files with this package's own functions, so it comes second.
+    made = importlib.import_module("bitwright.runtime").load(path, threads=threads)
+    own = Counter(row["kernel"] for row in made.describe() if row["op"] == "Conv")
+    products = sum(node.op_type in ("Conv", "MatMul", "Gemm") for node in read(path).graph.node)
+    rest = products - sum(own.values())
+    return Timed(made.run, dict(own), {"onnxruntime": rest} if rest else {})
 
 
 def alternate(calls: Sequence[Callable[[], Any]], runs: int, warm: int = 3) -> list[list[float]]:

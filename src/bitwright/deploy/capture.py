@@ -97,15 +97,16 @@ def marked(model: nn.Module) -> nn.Module:
     return twin
 
 
-def surroundings(model: nn.Module, example: Tensor) -> dict[str, Surroundings]:
-    """What follows each quantized convolution and linear layer that is called exactly once.
+@dataclass(frozen=True)
+class Captured:
+    """A model's graph in evaluation. program: of `twin`, in which weights are float and other quantizers marks."""
 
-    A norm counts if it is called once too and runs on its stored statistics along the layer's output channels;
-    every other norm stays float in the deployed network.
+    program: torch.export.ExportedProgram
+    twin: nn.Module
 
-    Args:
-        model: prepared; it is not changed.
-        example: one input batch.
+
+def captured(model: nn.Module, example: Tensor) -> Captured:
+    """The graph of a prepared model, which is not changed; `example` is one input batch.
 
     Raises:
         BitwrightError: `torch.export` cannot capture the model.
@@ -113,12 +114,20 @@ def surroundings(model: nn.Module, example: Tensor) -> dict[str, Surroundings]:
     twin = marked(model)
     try:
         with quiet_export(), torch.no_grad():
-            program = torch.export.export(twin, (example,), strict=False)
+            return Captured(torch.export.export(twin, (example,), strict=False), twin)
     except BitwrightError:
         raise
     except Exception as error:
         raise BitwrightError(f"{type(model).__name__}: torch.export cannot capture it: {first_line(error)}") from error
-    modules = dict(twin.named_modules())
+
+
+def surroundings(graph: Captured) -> dict[str, Surroundings]:
+    """What follows each quantized convolution and linear layer that is called exactly once.
+
+    A norm counts if it is called once too and runs on its stored statistics along the layer's output channels;
+    every other norm stays float in the deployed network.
+    """
+    program, modules = graph.program, dict(graph.twin.named_modules())
     buffers = program.graph_signature.inputs_to_buffers
     nodes = {n: owner for n in program.graph.nodes if (owner := layer_of(n, modules))}
     calls = Counter(nodes.values())
@@ -133,6 +142,42 @@ def surroundings(model: nn.Module, example: Tensor) -> dict[str, Surroundings]:
         end = after if foldable and after is not None else node
         found[name] = Surroundings(norm if foldable else None, tuple(readers(end, modules)))
     return found
+
+
+@dataclass(frozen=True)
+class Requantized:
+    """A quantizer that reads what others wrote: one value on their grid, or the sum of two. Names of quantizers."""
+
+    reader: str
+    sources: tuple[str, ...]
+
+
+def requantized(graph: Captured) -> list[Requantized]:
+    """Every quantizer that reads quantized values or a sum of two, in the order of execution."""
+    modules = dict(graph.twin.named_modules())
+    found = []
+    for node in graph.program.graph.nodes:
+        owner = owner_of(node)
+        before = next((n for n in node.all_input_nodes), None)
+        if before is not None and isinstance(modules.get(owner), Mark) and owner_of(before) != owner:
+            sources = origins(before, modules)
+            if sources:
+                found.append(Requantized(owner, sources))
+    return found
+
+
+def origins(node: fx.Node, modules: dict[str, nn.Module], sums: int = 1) -> tuple[str, ...]:
+    """The quantizers whose values, or the sum of whose values, `node` is, behind at most `sums` sums; () for none."""
+    if isinstance(modules.get(owner_of(node)), Mark):
+        return (owner_of(node),)
+    kind = getattr(node.target, "overloadpacket", None)
+    zeros = (kind is ATEN.constant_pad_nd and not any(node.args[2:])) or (kind is ATEN.pad and len(node.args) == 2)
+    if kind in PASSED or zeros:
+        return origins(node.all_input_nodes[0], modules, sums)
+    if kind in (ATEN.add, ATEN.add_) and sums and len(node.all_input_nodes) == 2 and not node.kwargs:
+        parts = [origins(n, modules, sums - 1) for n in node.all_input_nodes]
+        return parts[0] + parts[1] if all(len(part) == 1 for part in parts) else ()
+    return ()
 
 
 def layer_of(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:

@@ -107,7 +107,9 @@ class VerifyReport:
     target: what kind of file it is. layers: weights and inputs in the order of execution. images: how many were
     compared. clean_images: of these, images whose codes agree everywhere in all three forms. different_frozen,
     different_file: images on which the predictions of the training form differ from the frozen form's and from the
-    file's. logit_difference: largest absolute difference of logits between training form and file;
+    file's. float32_differs: images on which the training form in float32 disagrees with the other forms, and with
+    itself in float64, which is then what they are compared with. logit_difference: largest absolute difference of
+    logits between training form and file;
     clean_logit_difference: over clean images.
     largest_logit: largest |logit|. first_difference: one line, None where everything is within tolerance.
     """
@@ -119,6 +121,7 @@ class VerifyReport:
     clean_images: int = 0
     different_frozen: int = 0
     different_file: int = 0
+    float32_differs: int = 0
     logit_difference: float = 0.0
     clean_logit_difference: float = 0.0
     largest_logit: float = 0.0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.deploy.attention import IntMultiheadAttention, IntProducts, IntTimmAttention, window_attend
-from bitwright.deploy.capture import Surroundings, surroundings, without_norm
+from bitwright.deploy.capture import Captured, Surroundings, captured, surroundings, without_norm
 from bitwright.deploy.fold import (
     Weight,
     folded_bias,
@@ -28,6 +28,8 @@ from bitwright.deploy.integer import (
     IntLinear,
     OutputCodes,
 )
+from bitwright.deploy.margins import exact_gains
+from bitwright.deploy.ties import part_ties
 from bitwright.errors import BitwrightError
 from bitwright.layers import (
     OUTPUT,
@@ -64,10 +66,10 @@ def freeze(model: nn.Module, example: Tensor) -> nn.Module:
     """
     check_ready(model)
     twin = copy.deepcopy(model).cpu().eval()
-    plans = layer_plans(twin, example.cpu())
+    plans = layer_plans(twin, captured(twin, example.cpu()))
     replaced: dict[int, nn.Module] = {}
     for name, layer in quant_layers(twin).items():
-        plan = plans.get(name, Plan(None, False))
+        plan = plans.get(name, Plan(None))
         replaced[id(layer)] = frozen_layer(layer, name, plan)
         if plan.norm is not None:
             replaced[id(plan.norm)] = without_norm(plan.norm)
@@ -111,29 +113,34 @@ def check_ready(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a layer is frozen. norm: what is folded into it. integer_bias: whether a runtime adds its bias as int32.
+    """How a layer is frozen. norm: what is folded into it. readers: quantizers with whole codes that read its output.
 
-    That is so where whole codes read its output, and the product, the bias and the rounding become one kernel.
+    Where there is one, a runtime makes one kernel of the product, the bias and the rounding, and adds the bias as
+    int32.
     """
 
     norm: nn.Module | None
-    integer_bias: bool
+    readers: tuple[InputCodes, ...] = ()
+
+    @property
+    def integer_bias(self) -> bool:
+        """Whether a runtime adds the bias as int32."""
+        return bool(self.readers)
 
 
-def layer_plans(model: nn.Module, example: Tensor) -> dict[str, Plan]:
+def layer_plans(model: nn.Module, graph: Captured) -> dict[str, Plan]:
     """A plan per layer that is called once."""
     modules = dict(model.named_modules())
 
-    def whole(quantizer: str) -> bool:
+    def codes(quantizer: str) -> InputCodes | None:
         layer, _, slot = quantizer.rpartition(".")
-        codes = input_codes(modules[layer], slot, layer)
-        return codes is not None and codes.whole
+        return input_codes(modules[layer], slot, layer)
 
     def plan(around: Surroundings) -> Plan:
         norm = None if around.norm is None else modules[around.norm]
-        return Plan(norm, any(whole(name) for name in around.readers))
+        return Plan(norm, tuple(c for name in around.readers if (c := codes(name)) is not None and c.whole))
 
-    return {name: plan(around) for name, around in surroundings(model, example).items()}
+    return {name: plan(around) for name, around in surroundings(graph).items()}
 
 
 def input_codes(layer: nn.Module, slot: str, name: str) -> InputCodes | None:
@@ -220,11 +227,13 @@ def frozen_windows(layer: Any, products: IntProducts) -> nn.Module:
 
 @torch.no_grad()
 def snap_biases(model: nn.Module, example: Tensor) -> int:
-    """Move biases of the training form onto the grid that the deployed network has, in place.
+    """Move biases and scales of the training form to where the deployed network has them, in place.
 
     Integer runtimes add a convolution's bias as int32 at the step input scale * weight scale. Rounding it only in
     the file flips about 1 % of a 2-bit network's codes; rounding it here first makes the accuracy measured
-    afterwards that of the shipped network. Call it once, before the last evaluation.
+    afterwards that of the shipped network. Scales of quantizers behind one another (residual sums) move by a
+    fraction of a percent, so that no value between them lies on a tie (`bitwright.deploy.ties`). Call it once, before
+    the last evaluation.
 
     Args:
         model: prepared and calibrated; the bias of a BatchNorm (its running mean where it has none) or of the
@@ -239,18 +248,35 @@ def snap_biases(model: nn.Module, example: Tensor) -> int:
     """
     check_ready(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    plans = layer_plans(model, example.to(device))
+    graph = captured(model, example.to(device))
+    part_ties(model, graph)
+    plans = layer_plans(model, graph)
     count = 0
     for name, layer in quant_layers(model).items():
         if name not in plans or not plans[name].integer_bias:
             continue
-        norm = plans[name].norm
-        _, bias, bias_codes = weight_and_bias(layer, name, plans[name], input_codes(layer, "input_quantizer", name))
+        norm, codes = plans[name].norm, input_codes(layer, "input_quantizer", name)
+        keep_off_ties(layer, name, plans[name], codes)
+        _, bias, bias_codes = weight_and_bias(layer, name, plans[name], codes)
         before = folded_bias(getattr(layer, "bias", None), norm)
         if before is not None and bias is not None and bias_codes is not None:
             move_bias(layer, norm, bias - before)
             count += 1
     return count
+
+
+def keep_off_ties(layer: QuantLayer, name: str, plan: Plan, codes: InputCodes | None) -> None:
+    """Move the gains of the norm behind a convolution so that float32 rounds all its sums rightly."""
+    norm: Any = plan.norm
+    weight, _, bias_codes = weight_and_bias(layer, name, plan, codes)
+    if norm is None or norm.weight is None or codes is None or bias_codes is None or isinstance(weight, Tensor):
+        return
+    gain = norm.weight.detach().float()
+    # A channel that is constant has a scale of its own (`on_bias_grid`), which the gain does not move.
+    live = (weight.numbers.flatten(1) != 0).any(1) & (gain != 0)
+    unit = torch.where(live, weight.scale.double() / torch.where(live, gain, 1.0).double(), 1.0)
+    readers = [(float(c.scale), c.lo - int(c.zero), c.hi - int(c.zero)) for c in plan.readers if c.per_tensor]
+    norm.weight.copy_(torch.where(live, exact_gains(gain, unit, codes.scale, readers), gain))
 
 
 def move_bias(layer: nn.Module, norm: nn.Module | None, delta: Tensor) -> None:

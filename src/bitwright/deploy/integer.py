@@ -1,11 +1,13 @@
 """Deployed layers: integer codes in, exact integer sums, one scaling at the end.
 
-Sums are taken in float64, which holds every integer below 2^53 and so is exact whatever the order. With
-`placeholder` set, a layer computes nothing and leaves one named node in an exported graph, which `lower` replaces.
+Sums are taken in float32 where no partial sum can reach 2^24, else in float64, which holds every integer below 2^53:
+they are exact whatever the order. With `placeholder` set, a layer computes nothing and leaves one named node in an
+exported graph, which `lower` replaces.
 """
 
 import itertools
 import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -172,6 +174,22 @@ class IntLayer(nn.Module):
         assert weight is not None
         return weight.double()
 
+    @cached_property
+    def short_sums(self) -> bool:
+        """Whether every partial sum of products is an integer that float32 holds."""
+        if not self.integer or self.weight_codes is None or self.input_quantizer is None:
+            return False
+        largest = int(self.weight_codes.flatten(1).abs().sum(1, dtype=torch.int64).max())
+        return largest * self.input_quantizer.reach < 2**24
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """(numbers of the input, numbers of the weight, factor of the input), in a dtype whose sums are exact."""
+        numbers, factor = operand(self.input_quantizer, x)
+        # A user may allow matrix products in fewer bits.
+        exact = self.short_sums and torch.get_float32_matmul_precision() == "highest"
+        dtype = torch.float32 if exact else torch.float64
+        return numbers.to(dtype), self.numbers.to(dtype), factor
+
     @property
     def values(self) -> Tensor:
         """The weight that the layer stands for, float32."""
@@ -229,11 +247,11 @@ class IntConv(IntLayer):
             out = [(n + sum(p) - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in numbers]
             shape = (x.shape[0], self.numbers.shape[0], *out)
             return self.symbol(x, shape, x.dtype, pads=[p[0] for p in ends] + [p[1] for p in ends])
-        numbers, factor = operand(self.input_quantizer, x)
+        numbers, weight, factor = self.operands(x)
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        padded = F.pad(numbers.double(), pads, mode=mode) if any(pads) else numbers.double()
+        padded = F.pad(numbers, pads, mode=mode) if any(pads) else numbers
         convolve = F.conv1d if axes == 1 else F.conv2d
-        sums = convolve(padded, self.numbers, None, self.stride, 0, self.dilation, self.groups)
+        sums = convolve(padded, weight, None, self.stride, 0, self.dilation, self.groups).double()
         return self.scaled(sums, factor, axes, x.dtype)
 
 
@@ -244,8 +262,8 @@ class IntLinear(IntLayer):
         """(..., in) float to (..., out), the dtype of `x`."""
         if self.placeholder:
             return self.symbol(x, (*x.shape[:-1], self.numbers.shape[0]), x.dtype)
-        numbers, factor = operand(self.input_quantizer, x)
-        return self.scaled(F.linear(numbers.double(), self.numbers), factor, 0, x.dtype)
+        numbers, weight, factor = self.operands(x)
+        return self.scaled(F.linear(numbers, weight).double(), factor, 0, x.dtype)
 
 
 class IntEmbedding(IntLayer):

@@ -1,6 +1,7 @@
 """`verify`: is this file the network that was trained? Layer by layer, in the runtime as users run it."""
 
 import copy
+import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,25 @@ from bitwright.deploy.targets.opened import Network, Opened
 from bitwright.errors import BitwrightError
 from bitwright.prepare import quantizers
 
+RUNTIMES = ("default", "native")
 
-def verify(model: nn.Module, path: str | Path, batches: Iterable[Any]) -> VerifyReport:
+
+def verify(model: nn.Module, path: str | Path, batches: Iterable[Any], *, runtime: str = "default") -> VerifyReport:
     """Compare the training form, the frozen integer form and the file in its runtime at default settings.
 
-    The target is read off the file. Predictions come from the file as it is.
+    The target is read off the file. Predictions come from the file as it is. The training form runs in float32; an
+    image whose prediction then differs is run once more in float64 (`Exact`), which has the last word.
 
     Args:
         model: as it was exported; it is not changed.
         path: the file.
         batches: inputs, or (input, target) pairs; all are used.
+        runtime: "default", the target's own (onnxruntime for `onnx`), or "native", `bitwright.runtime`, for `onnx`.
 
     Raises:
-        BitwrightError: the file is missing, damaged, not written by `export`, or of a network with other layers; its
-            runtime is missing; there is no batch; or the model has no frozen form.
+        BitwrightError: `runtime` is unknown or does not run this target; the file is missing, damaged, not written by
+            `export`, or of a network with other layers; its runtime is missing; there is no batch; or the model
+            has no frozen form.
     """
     path = Path(path)
     stream = (batch_inputs(b).cpu() for b in batches)
@@ -38,23 +44,59 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any]) -> Verify
     if first is None:
         raise BitwrightError("verify: no batch was given")
     target = target_of(path)
+    opener = opener_of(path, target, runtime)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     training = model if device.type == "cpu" else copy.deepcopy(model).cpu()
-    frozen = freeze(training, first)
+    frozen, exact = freeze(training, first), Exact(training)
     layers = {m.name: m for m in frozen.modules() if isinstance(m, IntLayer)}
     with evaluating(training), torch.no_grad(), Recorder(training, frozen) as recorder:
         recorder.run(first[:1])
         calls = {name: len(codes) for name, codes in recorder.frozen.items()}
         executed = {n: layers[n] for n in recorder.order if n in layers}
-        file = OPEN[target](path, Network(training, frozen, first[:1], executed, calls, recorder.codes))
+        file = opener(path, Network(training, frozen, first[:1], executed, calls, recorder.codes))
         rows = [row for n in recorder.order if (row := first_row(n, layers, recorder, file)) is not None]
         report = VerifyReport(str(path), rows, target)
         for x in (first, *stream):
             outputs = recorder.run(x)
             logits, codes = file.run(x)
             clean = compare_codes(report, recorder, codes, x.shape[0])
-            compare_outputs(report, *outputs, logits, clean)
+            compare_outputs(report, *outputs, logits, clean, lambda rows, x=x: exact(x[rows]))
     return report
+
+
+def opener_of(path: Path, target: str, runtime: str) -> Callable[[Path, Network], Opened]:
+    """What opens a file of `target`; BitwrightError if that runtime does not."""
+    if runtime not in RUNTIMES:
+        raise BitwrightError(f"runtime {runtime!r} is not accepted; use {' or '.join(RUNTIMES)}")
+    if runtime == "default":
+        return OPEN[target]
+    if target != "onnx":
+        raise BitwrightError(f"{path}: is of target {target}; the native runtime runs files of target onnx")
+    # The runtime reads files with this package's own functions, so it comes second.
+    return importlib.import_module("bitwright.runtime.opened").NativeFile
+
+
+class Exact:
+    """The training form in float64, made when it is first asked for.
+
+    Sums of quantized numbers are exact there. In float32 they are rounded, in an order that depends on the machine, and
+    now and then a value on a tie of a quantizer falls on the side where the network as defined does not put it.
+    """
+
+    def __init__(self, model: nn.Module):
+        # Copied before anything is hooked to the model.
+        self.model = copy.deepcopy(model).eval()
+        self.wide = False
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """Outputs for `x` (float inputs in any precision, or indices), float64; None if it runs in float32 only."""
+        if not self.wide:
+            self.model.double()
+            self.wide = True
+        try:
+            return self.model(x.double() if x.is_floating_point() else x)
+        except RuntimeError:  # it makes float32 tensors of its own
+            return None
 
 
 def first_row(
@@ -165,15 +207,31 @@ def compare_codes(report: VerifyReport, recorder: Recorder, file: dict[str, list
     return clean_frozen & clean_file
 
 
-def compare_outputs(report: VerifyReport, trained: Tensor, frozen: Tensor, file: Tensor, clean: Tensor) -> None:
-    """Add one batch's outputs, (images, ..., classes) or (images, classes, rows, columns), to the report."""
+def compare_outputs(
+    report: VerifyReport,
+    trained: Tensor,
+    frozen: Tensor,
+    file: Tensor,
+    clean: Tensor,
+    exact: Callable[[Tensor], Tensor | None],
+) -> None:
+    """Add one batch's outputs, (images, ..., classes) or (images, classes, rows, columns), to the report.
+
+    exact: the training form's outputs without rounding for the images of a mask.
+    """
     images = trained.shape[0]
     axis = 1 if trained.ndim == 4 else -1  # classes of a map lie along axis 1
-    predictions = trained.argmax(axis).reshape(images, -1)
+    ours, integers, theirs = (t.argmax(axis).reshape(images, -1) for t in (trained, frozen, file))
+    undecided = (ours != integers).any(1) | (ours != theirs).any(1)
+    outputs = exact(undecided) if bool(undecided.any()) else None
+    if outputs is not None:
+        again = outputs.argmax(axis).reshape(int(undecided.sum()), -1)
+        report.float32_differs += int((again != ours[undecided]).any(1).sum())
+        ours[undecided] = again
     report.images += images
     report.clean_images += int(clean.sum())
-    report.different_frozen += int((predictions != frozen.argmax(axis).reshape(images, -1)).any(1).sum())
-    report.different_file += int((predictions != file.argmax(axis).reshape(images, -1)).any(1).sum())
+    report.different_frozen += int((ours != integers).any(1).sum())
+    report.different_file += int((ours != theirs).any(1).sum())
     distance = (trained - file).abs().reshape(images, -1).amax(1)
     report.logit_difference = max(report.logit_difference, float(distance.max()))
     report.largest_logit = max(report.largest_logit, float(trained.abs().max()))
