@@ -10,6 +10,7 @@ and to the plain quantized one (`lsq`). `saved` is the bytes kept for the backwa
 hooks (parameters left out), as a ratio to the eager float step's. One time of `adaqat` is the mean of its 8 steps
 between two updates, probes included. `-compiled`: Inductor; `-lean`: Inductor with `activation_memory=0.7`.
 `--bf16`: every case under bfloat16 autocast, for processors that have it (others emulate it, slowly).
+`--channels-last`: weights and images in that layout. `--topology`: of the `lsq` cases; the others have float sums.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from torch import nn
 
 import bitwright as bw
 from bitwright import kernels
+from bitwright.topology import Topology
 from bitwright.training.models import build_model
 
 SIZES = {"resnet8": 32, "resnet20": 32, "torchvision/resnet18": 224, "timm/vit_tiny_patch16_224": 224}
@@ -34,9 +36,12 @@ LEAN = 0.7
 METHODS = ["pege-0.5", "pege-1", "kd", "bwrf", "bwrf-sampled", "adaqat"]
 
 
-def quantized(model: nn.Module, bits: str, x: torch.Tensor, **options: object) -> nn.Module:
+def quantized(
+    model: nn.Module, bits: str, x: torch.Tensor, topology: Topology = "fpres", **options: object
+) -> nn.Module:
     """A prepared and calibrated copy of `model`; `options` of `bitwright.rules`."""
-    made = bw.prepare(copy.deepcopy(model), bw.rules(bits, **options))
+    rules = bw.rules(bits, **options)
+    made = bw.prepare(copy.deepcopy(model), rules + bw.topology(model, x, topology, rules=rules))
     return bw.calibrate(made, [x[:16]])
 
 
@@ -50,14 +55,16 @@ def make_step(
     return bw.Step(run, F.cross_entropy, optimizer, methods or [], **options)
 
 
-def builders(model: nn.Module, bits: str, x: torch.Tensor, **options) -> dict[str, Callable[[], bw.Step]]:
+def builders(
+    model: nn.Module, bits: str, x: torch.Tensor, topology: Topology = "fpres", **options
+) -> dict[str, Callable[[], bw.Step]]:
     """What makes each case's step, by name; `options` of `Step`."""
 
     def plain(memory: float | None = None) -> bw.Step:
         return make_step(copy.deepcopy(model), memory=memory, **options)
 
     def lsq(memory: float | None = None) -> bw.Step:
-        return make_step(quantized(model, bits, x), memory=memory, **options)
+        return make_step(quantized(model, bits, x, topology), memory=memory, **options)
 
     def pege(rate: float) -> bw.Step:
         made = quantized(model, bits, x, estimator="pege", estimator_options={"rate": rate})
@@ -105,6 +112,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--cases", nargs="+", default=["lsq-reference", *METHODS])
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--topology", choices=["fpres", "res8", "shared"], default="fpres")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -112,8 +121,10 @@ def main() -> None:
     size = SIZES[args.model]
     model = build_model(args.model, num_classes=10, in_channels=3, image_size=size)
     x, y = torch.randn(args.batch, 3, size, size), torch.randint(0, 10, (args.batch,))
+    if args.channels_last:
+        model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
     options = {"amp_dtype": torch.bfloat16} if args.bf16 else {}
-    known = builders(model, args.bits, x, **options)
+    known = builders(model, args.bits, x, args.topology, **options)
     names = ["float", "lsq", *(c for c in args.cases if c not in ("float", "lsq"))]
     steps = {name: known[name]() for name in names}
 
@@ -134,6 +145,8 @@ def main() -> None:
                 "model": args.model,
                 "bits": args.bits,
                 "batch": args.batch,
+                "topology": args.topology,
+                "layout": "channels_last" if args.channels_last else "contiguous",
                 "amp": "bf16" if args.bf16 else "none",
                 "case": name,
                 **ratio(times[name], times["float"]),

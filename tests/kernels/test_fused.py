@@ -1,9 +1,11 @@
 """The fused CPU kernels against the reference: values to the last bit, gradients to rounding."""
 
+import itertools
 import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -145,6 +147,39 @@ def test_fuzz(device, seed, shape, layout, special, dtype, bits, signed, axis, l
         atol = 1e-6 if i == 0 else 255 * rtol / 10 * x.numel() ** 0.5  # sums of terms up to 255
         torch.testing.assert_close(got.cpu().double()[finite], right[finite], rtol=rtol, atol=atol)
         assert not bool((got.cpu().isfinite() & right.isnan()).any())
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS.keys() - {"dsq"}))
+@pytest.mark.parametrize(("axis", "learned", "offset"), [(None, True, False), (1, True, True), (-1, False, True)])
+def test_what_compilers_read_is_the_same_function(name, axis, learned, offset, monkeypatch):
+    """The written-out gradients against the formulas, and the values against the reference, to the last bit."""
+    monkeypatch.setattr(kernels, "takes_traced", lambda rule: True)
+    rng = torch.Generator().manual_seed(3)
+    home: Any = kernels.fake_quantize
+    for special, dtype in itertools.product((False, True), (torch.float32, torch.bfloat16)):
+        x = make_tensor((3, 4, 6, 5), "contiguous", special, dtype, rng)
+        channels, codes = 1 if axis is None else x.shape[axis], code_range(4, offset)
+        scale = torch.rand(channels, generator=rng) + 0.05
+        zero = torch.randn(channels, generator=rng) if offset else 0.0
+        g = torch.randn(x.shape, generator=rng).to(dtype)
+        at, count = axis or 0, 7 if learned else 0
+        leaves = [t.requires_grad_() for t in (x, scale, zero) if isinstance(t, Tensor)]
+        arguments = (codes.lo, codes.hi, ESTIMATORS[name][0], at, count)
+        torch.manual_seed(5)
+        y = home(*leaves, *([] if offset else [zero]), *arguments)
+        torch.manual_seed(5)
+        plain = reference.fake_quantize(x, scale, zero, *arguments)
+        torch.testing.assert_close(y, plain, rtol=0, atol=0, equal_nan=True)
+        assert type(y.grad_fn).__name__ == "TracedBackward"
+        grads = torch.autograd.grad(y, leaves, g)
+        detached = [t.detach() if isinstance(t, Tensor) else t for t in (x, scale, zero)]
+        want = gradients_in_float64(*detached, codes, name, g, 5, at, count)
+        rtol = 1e-5 if dtype == torch.float32 else 0.01
+        for i, (got, right) in enumerate(zip(grads, want[: len(grads)], strict=True)):
+            finite = right.isfinite()
+            atol = 1e-6 if i == 0 else 255 * rtol / 10 * x.numel() ** 0.5
+            torch.testing.assert_close(got.double()[finite], right[finite], rtol=rtol, atol=atol)
+            assert not bool((got.isfinite() & right.isnan()).any())
 
 
 @needs_compiler

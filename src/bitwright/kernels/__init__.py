@@ -1,7 +1,8 @@
 """Fake quantization as functions: the one place where rounding happens during training.
 
-One signature, several homes: `reference` (plain torch: any device, traceable, twice differentiable; compilers and
-exporters see this one) and `fused` (C, for eager float32 and bfloat16 on the CPU).
+One signature, several homes: `reference` (plain torch: any device, twice differentiable; exporters see this one),
+`traced` (plain torch with written-out gradients, for compilers) and `fused` (C, for eager float32 and bfloat16 on the
+CPU).
 """
 
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from bitwright.kernels import reference
+from bitwright.kernels import reference, traced
 from bitwright.kernels.reference import EPS, KernelRule, Rounding, scale_gradient
 from bitwright.kernels.sources import Source, keep_sources, remember
 
@@ -62,10 +63,9 @@ def fake_quantize(
     and whose gradients it equals to rounding.
     """
     rule = getattr(rounding, "kernel_rule", None)
-    if rule is None or not takes_fused(x, scale, axis) or not fused_available():
+    compiled = takes_traced(rule)
+    if rule is None or not (compiled or (takes_fused(x, scale, axis) and fused_available())):
         return reference.fake_quantize(x, scale, zero, lo, hi, rounding, axis, count)
-    from bitwright.kernels import fused
-
     scale, zeros, constant = scale.contiguous(), None, 0.0
     if isinstance(zero, Tensor):
         zeros = (zero if zero.shape == scale.shape else zero.expand_as(scale)).contiguous()
@@ -73,9 +73,20 @@ def fake_quantize(
         constant = float(zero)
     seed = None if rule.rate is None else reference.draw_seed(x.device)
     tensors = (x, scale, zeros, lo, hi, rule.strength, rule.rate, seed)
+    if compiled:
+        numbers = (constant, axis, count, rule.name, rule.replaced_only)
+        return torch.ops.bitwright.traced_fake_quantize.default(*tensors, *numbers)
+    from bitwright.kernels import fused
+
     numbers = (constant, axis, count, fused.RULES[rule.name], rule.replaced_only)
     y = torch.ops.bitwright.fake_quantize.default(*tensors, *numbers)
     return remember(y, Source(*tensors, *numbers))
+
+
+def takes_traced(rule: KernelRule | None) -> bool:
+    """Whether torch.compile is reading this, and not an exporter, which wants torch's own operators."""
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiling and rule is not None and rule.name in traced.RULES
 
 
 def takes_fused(x: Tensor, scale: Tensor, axis: int = 0) -> bool:
