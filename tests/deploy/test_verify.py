@@ -238,3 +238,16 @@ def test_what_float64_does_not_explain_stays_a_difference(answer):
     compare_outputs(report, trained, trained, file, torch.ones(2, dtype=torch.bool), lambda _: answer)
     assert (report.float32_differs, report.different_frozen, report.different_file) == (0, 0, 1)
     assert not report.ok
+
+
+@pytest.mark.parametrize("runtime", ["default", "native"])
+def test_a_file_of_a_newer_format_is_refused_in_one_line(runtime, tmp_path):
+    model, content = exported("lsq", 4)
+    for what, change in (("IR", {"ir_version": 99}), ("opset", {"opset": 99})):
+        proto = onnx.load_from_string(content)
+        proto.ir_version = change.get("ir_version", proto.ir_version)
+        proto.opset_import[0].version = change.get("opset", proto.opset_import[0].version)
+        path = tmp_path / "net.onnx"
+        path.write_bytes(proto.SerializeToString())
+        with pytest.raises(BitwrightError, match=f"is of {what} version 99, .*export it again"):
+            verify(model, path, [torch.randn(2, 3, 8, 8)], runtime=runtime)

@@ -16,15 +16,30 @@ from bitwright.deploy.capture import first_line
 from bitwright.deploy.integer import DOMAIN, IntEmbedding, IntLayer, IntLinear
 from bitwright.errors import BitwrightError
 
+# What onnxruntime 1.31 takes at most.
+NEWEST_IR, NEWEST_OPSET = 13, 26
+
+
+def refuse_version(proto: onnx.ModelProto, path: Path) -> None:
+    """Raise BitwrightError for a file of a newer format than runtimes know; theirs is a page of C++."""
+    opset = max((o.version for o in proto.opset_import if not o.domain), default=0)
+    for what, version, newest in (("IR", proto.ir_version, NEWEST_IR), ("opset", opset, NEWEST_OPSET)):
+        if version > newest:
+            raise BitwrightError(
+                f"{path}: is of {what} version {version}, this bitwright reads up to {newest}; "
+                "export it again, or upgrade bitwright and the runtime"
+            )
+
 
 def read(path: Path) -> onnx.ModelProto:
-    """The file as a graph; BitwrightError if it is missing, damaged or not written by `export`."""
+    """The file as a graph; BitwrightError if it is missing, damaged, of a newer format or not written by `export`."""
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except OSError as error:
         raise BitwrightError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
     except Exception as error:
         raise BitwrightError(f"{path}: is damaged or no ONNX file: {first_line(error)}") from error
+    refuse_version(proto, path)
     if proto.producer_name != DOMAIN:
         raise BitwrightError(f"{path}: was not written by bitwright export (its producer is {proto.producer_name!r})")
     return proto

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from bitwright.deploy.capture import first_line
+from bitwright.deploy.probe import refuse_version
 from bitwright.errors import BitwrightError
 
 # Types that numpy reads as they are; what is packed tighter is unpacked by nodes of the graph.
@@ -28,6 +29,7 @@ def checked(path: Path) -> onnx.ModelProto:
         raise BitwrightError(f"{path}: cannot be read: {error.strerror or first_line(error)}") from error
     except Exception as error:
         raise BitwrightError(f"{damaged}: {first_line(error)}") from error
+    refuse_version(model, path)
     outside = next((t.name for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL), None)
     if outside is not None:
         raise BitwrightError(f"{path}: {outside} lies in another file; the runtime takes files that are whole")
