@@ -99,12 +99,17 @@ def export_openvino(model: nn.Module, path: Path, example: Tensor) -> ExportRepo
     return report(path, size, proto, files, "openvino")
 
 
+# On processors with bfloat16 units OpenVINO computes what is not on integer kernels in bfloat16 unless told otherwise:
+# codes behind a float layer are then off by several steps, and logits have three digits.
+SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
 def compiled(source: bytes, path: Path) -> Any:
-    """The network on the CPU at default settings; BitwrightError if OpenVINO refuses."""
+    """The network on the CPU at default settings but `SETTINGS`; BitwrightError if OpenVINO refuses."""
     openvino = runtime()
     try:
         core = openvino.Core()
-        return core.compile_model(core.read_model(source), "CPU")
+        return core.compile_model(core.read_model(source), "CPU", SETTINGS)
     except Exception as error:
         raise BitwrightError(f"{path}: openvino cannot open it: {first_line(error)}") from error
 
