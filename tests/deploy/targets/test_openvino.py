@@ -1,6 +1,7 @@
 """OpenVINO: the network that was trained at every width with float sums, and a refusal for any other."""
 
 import copy
+import subprocess
 import sys
 from types import ModuleType
 
@@ -114,3 +115,30 @@ def test_an_unknown_target_in_a_file(tmp_path):
         verify(model, tmp_path / "net.onnx", [torch.randn(2, 3, 8, 8)])
     (tmp_path / "old.onnx").write_bytes(data)
     assert target_of(tmp_path / "old.onnx") == "onnx"
+
+
+AFTER_A_SIGNAL = """
+import gc, os, signal, sys, time
+from pathlib import Path
+from bitwright.deploy.targets.openvino_file import compiled
+path = Path(sys.argv[1])
+networks = [compiled(path.read_bytes(), path) for _ in range(2)]
+networks.pop(0)
+networks.clear()
+gc.collect()
+signal.signal(signal.SIGCHLD, lambda *_: print("handled"))
+if not os.fork():
+    os._exit(0)
+time.sleep(1)
+"""
+
+
+@pytest.mark.usefixtures("openvino")
+def test_the_process_takes_signals_after_the_networks_are_gone(tmp_path):
+    """With a core each, on a processor with AMX, the handler ran on a stack that was freed."""
+    x = torch.randn(8, 16)
+    model = quantized(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), "w8a8", x, ends=None)
+    export(model, tmp_path / "net.onnx", x[:2], target="openvino")
+    line = [sys.executable, "-c", AFTER_A_SIGNAL, str(tmp_path / "net.onnx")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

@@ -4,6 +4,7 @@ Keeps 1 to 8 bits, but stores widths other than 4 in bytes: OpenVINO has no oper
 be float: it moves quantizers that stand on them, and then computes another network. Zero points must be whole codes.
 """
 
+import functools
 import importlib
 from dataclasses import replace
 from pathlib import Path
@@ -104,11 +105,21 @@ def export_openvino(model: nn.Module, path: Path, example: Tensor) -> ExportRepo
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
+@functools.cache
+def the_core() -> Any:
+    """The process's one `openvino.Core`.
+
+    On processors with AMX every core's CPU plugin gives the thread a stack for signal handlers and takes it back when
+    the core goes. Of two cores, the one that goes last puts back the other's, which is freed by then: the next signal
+    (a data loader's worker that ends) kills the process.
+    """
+    return runtime().Core()
+
+
 def compiled(source: bytes, path: Path) -> Any:
     """The network on the CPU at default settings but `SETTINGS`; BitwrightError if OpenVINO refuses."""
-    openvino = runtime()
     try:
-        core = openvino.Core()
+        core = the_core()
         return core.compile_model(core.read_model(source), "CPU", SETTINGS)
     except Exception as error:
         raise BitwrightError(f"{path}: openvino cannot open it: {first_line(error)}") from error
