@@ -104,8 +104,7 @@ class GraphBuilder:
         out = f"{at}.codes"
         scale = zero = ""
         if codes.whole:
-            values = codes.scale.numpy()
-            scale = self.constant(f"{name}.scale", values.reshape(()) if codes.per_tensor else values)
+            scale = self.input_scale(codes)
             zero = self.zero_point(codes, base)
             k = self.node("QuantizeLinear", [x, scale, zero], f"{at}.q" if narrow else out, **per_axis)
         else:
@@ -125,6 +124,12 @@ class GraphBuilder:
         number = self.node("Sub", [number, self.spread(codes, codes.zero + base, "center")], f"{at}.centered")
         value = self.node("Mul", [number, self.spread(codes, codes.scale, "scale")], f"{at}.x")
         return value if pads is None else self.padded(value, pads, mode, at)
+
+    def input_scale(self, codes: InputCodes) -> str:
+        """The scales of a quantizer, () or (channels,)."""
+        values = codes.scale.numpy()
+        name = f"{codes.name.removesuffix(QUANTIZER)}.scale"
+        return self.constant(name, values.reshape(()) if codes.per_tensor else values)
 
     def zero_point(self, codes: InputCodes, base: int) -> str:
         """The zero points of a quantizer, in its container."""

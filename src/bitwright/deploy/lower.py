@@ -16,7 +16,16 @@ from torch import nn
 
 from bitwright.deploy.builder import GraphBuilder, clippings
 from bitwright.deploy.integer import DOMAIN, InputCodes, IntConv, IntEmbedding, IntLayer, IntLinear
-from bitwright.deploy.packing import OPSET, field_widths, function_name, pack_fields, pack_int4, unpack_function
+from bitwright.deploy.packing import (
+    BIAS,
+    OPSET,
+    bias_function,
+    field_widths,
+    function_name,
+    pack_fields,
+    pack_int4,
+    unpack_function,
+)
 from bitwright.errors import BitwrightError
 
 # Ends of the names that `verify` and readers of a file ask for.
@@ -92,15 +101,20 @@ class Lowering(GraphBuilder):
         axis = 1 if transpose else 0
         ndim = layer.packed.numbers.ndim
         if layer.integer:
-            scale = self.constant(f"{name}.weight_scale", values if values.size > 1 else values.reshape(()))
             per_axis = {"axis": axis} if values.size > 1 else {}
-            return self.node("DequantizeLinear", [codes, scale], out, **per_axis)
+            return self.node("DequantizeLinear", [codes, self.weight_scale(layer)], out, **per_axis)
         # Beside a float input the weight becomes a plain constant at load. A DequantizeLinear would invite onnxruntime
         # to quantize the input itself (MatMulNBits does).
         if layer.packed.numbers.dtype == torch.int8:
             codes = self.node("Cast", [codes], f"{name}.weight_numbers", to=TensorProto.FLOAT)
         view = values.reshape(1, -1) if transpose else values.reshape(-1, *[1] * (ndim - 1))
         return self.node("Mul", [codes, self.constant(f"{name}.weight_scale", view)], out)
+
+    def weight_scale(self, layer: IntLayer) -> str:
+        """The scales of a weight beside an integer input, (channels,) or ()."""
+        assert layer.packed is not None
+        values = layer.packed.scale.numpy()
+        return self.constant(f"{layer.name}.weight_scale", values if values.size > 1 else values.reshape(()))
 
     def conv(self, layer: IntConv, at: str, x: str, y: str, pads: list[int]) -> None:
         """A convolution; its bias is an int32 tensor where integer kernels can add it."""
@@ -128,17 +142,19 @@ class Lowering(GraphBuilder):
             self.nodes.append(helper.make_node("Add", [f"{at}.sum", bias], [y]))
 
     def integer_bias(self, layer: IntLayer) -> str:
-        """A bias on the grid of the layer's sums, dequantized."""
+        """A bias on the grid of the layer's sums, dequantized; two bytes a channel where that is enough."""
         out = f"{layer.name}.bias"
         if f"{out}_codes" in self.initializers:
             return out
         assert layer.input_quantizer is not None
         assert layer.packed is not None
         assert layer.bias_codes is not None
-        step = (layer.input_quantizer.scale.double() * layer.packed.scale.double()).float().numpy()
-        scale = self.constant(f"{out}_scale", step if step.size > 1 else step.reshape(()))
-        codes = self.constant(f"{out}_codes", layer.bias_codes.numpy().astype(np.int32))
-        return self.node("DequantizeLinear", [codes, scale], out, **({"axis": 0} if step.size > 1 else {}))
+        numbers = layer.bias_codes.numpy()
+        fits = np.abs(numbers).max() < 2**15
+        codes = self.constant(f"{out}_codes", numbers.astype(np.int16 if fits else np.int32))
+        scales = [self.input_scale(layer.input_quantizer), self.weight_scale(layer)]
+        self.functions.setdefault(BIAS, bias_function())
+        return self.node(BIAS, [codes, *scales], out, domain=DOMAIN)
 
     def linear(self, layer: IntLinear, at: str, x: str, y: str) -> None:
         """A product without a quantized output, which runtimes compute on integers, and a float bias."""

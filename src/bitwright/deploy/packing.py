@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from bitwright.deploy.integer import DOMAIN
 
 OPSET = 21
+BIAS = "Bias"  # the name of the function that makes a bias
 
 
 def field_widths(bits: int) -> list[int]:
@@ -97,3 +98,18 @@ def unpack_function(bits: int, target: int) -> onnx.FunctionProto:
         nodes,
         [helper.make_opsetid("", OPSET)],
     )
+
+
+def bias_function() -> onnx.FunctionProto:
+    """Inputs: codes (channels,), int16 or int32, and the scales of input () and weight () or (channels,), float32.
+
+    Output: codes * (input scale * weight scale), float32 (channels,). The product of the scales is rounded once, as
+    everywhere, so that it need not be stored.
+    """
+    nodes = [
+        helper.make_node("Cast", ["codes"], ["wide"], to=TensorProto.INT32),
+        helper.make_node("Mul", ["input_scale", "weight_scale"], ["step"]),
+        helper.make_node("DequantizeLinear", ["wide", "step"], ["bias"], axis=0),
+    ]
+    inputs = ["codes", "input_scale", "weight_scale"]
+    return helper.make_function(DOMAIN, BIAS, inputs, ["bias"], nodes, [helper.make_opsetid("", OPSET)])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
@@ -21,7 +22,7 @@ PLAIN = {
 
 
 def checked(path: Path) -> onnx.ModelProto:
-    """The file, whole and without branches; BitwrightError if it is anything else."""
+    """The file, whole, without branches and functions of its own; BitwrightError if it is anything else."""
     damaged = f"{path}: is damaged or no ONNX file"
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -41,7 +42,7 @@ def checked(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except Exception as error:
         raise BitwrightError(f"{damaged}: {first_line(error)}") from error
-    return model
+    return onnx.inliner.inline_local_functions(model)
 
 
 class Graph:
@@ -137,7 +138,6 @@ class Graph:
         model = helper.make_model(
             part,
             opset_imports=self.model.opset_import,
-            functions=self.model.functions,
             ir_version=self.model.ir_version,
         )
         options = onnxruntime.SessionOptions()

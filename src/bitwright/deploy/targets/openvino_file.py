@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import DOMAIN, InputCodes, IntAdd, IntLayer, IntLinear
 from bitwright.deploy.lower import LayerFile
+from bitwright.deploy.packing import BIAS
 from bitwright.deploy.probe import frozen_weights, probe_graph, read
 from bitwright.deploy.targets.onnx_file import report, to_onnx
 from bitwright.deploy.targets.opened import Network, frozen_codes
@@ -63,7 +65,11 @@ def refuse_what_is_lost(frozen: nn.Module) -> None:
 
 def in_bytes(proto: onnx.ModelProto, layers: dict[str, IntLayer], files: list[LayerFile]) -> list[LayerFile]:
     """Replace the calls that unpack weights by the integers themselves, in place; how each weight is stored now."""
-    calls = {node.output[0].removesuffix(".codes"): node for node in proto.graph.node if node.domain == DOMAIN}
+    calls = {
+        node.output[0].removesuffix(".codes"): node
+        for node in proto.graph.node
+        if node.domain == DOMAIN and node.op_type != BIAS
+    }
     sizes = {}
     for name, node in calls.items():
         weight = layers[name].packed
@@ -73,10 +79,10 @@ def in_bytes(proto: onnx.ModelProto, layers: dict[str, IntLayer], files: list[La
         proto.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
         proto.graph.node.remove(node)
         sizes[name] = ("int8" if values.dtype == np.int8 else "float32", values.nbytes)
+    proto.CopyFrom(onnx.inliner.inline_local_functions(proto))
     read_names = {name for node in proto.graph.node for name in node.input}
     for tensor in [t for t in proto.graph.initializer if t.name not in read_names]:
         proto.graph.initializer.remove(tensor)
-    del proto.functions[:]
     for opset in [o for o in proto.opset_import if o.domain == DOMAIN]:
         proto.opset_import.remove(opset)
     return [replace(f, packing=sizes[f.name][0], size_bytes=sizes[f.name][1]) if f.name in sizes else f for f in files]
