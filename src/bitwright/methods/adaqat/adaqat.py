@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from bitwright.costs import CostTable
 from bitwright.errors import BitwrightError
 from bitwright.layers import SharedInput
 from bitwright.methods.adaqat.cost import FLOAT_BITS, LayerCost, make_rows, meet_budget, parse_budget, total
-from bitwright.methods.adaqat.rule import Width, relative_update, update
+from bitwright.methods.adaqat.rule import Width, curvatures, relative_update, update
 from bitwright.methods.base import Method
 from bitwright.methods.probe import forward_fast, untouched, unwrap
 from bitwright.prepare import quant_layers
@@ -226,22 +227,33 @@ class AdaQAT(Method):
         self.turn += 1
         group = self.groups[index]
         moving = [w for w in group.values() if not w.frozen]
-        losses = self._agree(torch.stack([self._loss(step, w) for w in (None, *moving)]))
+        probed = [w.bits - 1 if not self.budget else min(w.bits - 1, self.floor) for w in moving]
+        losses = self._agree(
+            torch.stack([self._loss(step, None, 0), *map(partial(self._loss, step), moving, probed)])
+        )
         self._drive()
         if not all(math.isfinite(v) for v in losses):
             return
         pair = self._pair(group)
         slopes = [self._slope(index, w, pair) for w in moving]
-        for width, probe, slope in zip(moving, losses[1:], slopes, strict=True):
-            width.observe(losses[0], probe)
+        for width, probe, bits in zip(moving, losses[1:], probed, strict=True):
+            width.observe(losses[0], probe, bits)
+        gains = self._gains(moving)
+        for width, probe, slope, gain in zip(moving, losses[1:], slopes, gains, strict=True):
             if self.budget and slope == 0:
                 continue  # no budget charges this width
             if self.budget:
-                real = relative_update(width.real, losses[0], probe, slope, self.eta)
+                real = relative_update(width.real, gain, slope, self.eta)
             else:
                 share = self.shares[index]
                 real = update(width.real, losses[0], probe, self.lam * share, slope, self.eta / share)
             self._move(width, real)
+
+    def _gains(self, widths: list[Width]) -> list[float]:
+        """L(b - 1) - L(b) of each width as the fit over all observations has it."""
+        every = self.widths()
+        fitted = dict(zip(map(id, every), curvatures(every, self.floor), strict=True))
+        return [fitted[id(w)] * 3.0 * 4.0**-w.bits for w in widths]
 
     def _slope(self, index: int, width: Width, pair: tuple[int, int]) -> float:
         """What one bit of `width` costs: the other operand's bits, or lambda times the share of the budgets."""
@@ -262,15 +274,15 @@ class AdaQAT(Method):
             self.path.append((self.steps, width.name, width.role, width.bits))
 
     @torch.no_grad()
-    def _loss(self, step: Any, width: Width | None) -> Tensor:
-        """Task loss of the present batch, with one bit less for `width`; the model is as before afterwards."""
+    def _loss(self, step: Any, width: Width | None, bits: int) -> Tensor:
+        """Task loss of the present batch, with `bits` bits for `width`; the model is as before afterwards."""
         x, y = step.batch
         count = max(min(2, len(x)), round(self.fraction * len(x)))
         self.probes += 1
         with untouched(self.model), step.autocast(x.device):
             if width is not None:
                 for quantizer in width.quantizers:
-                    quantizer.set_bits(width.bits - 1)
+                    quantizer.set_bits(bits)
             return step.loss_fn(forward_fast(step.model, x[:count]), y[:count]).float()
 
     @staticmethod
@@ -305,18 +317,11 @@ class AdaQAT(Method):
         self.done = True
 
     def _curvatures(self) -> list[tuple[float | None, float | None]]:
-        """a of every width for `meet_budget`: measured, or the mean of the measured ones; None: not learned."""
-        measured = [max(c, 0.0) for w in self.widths() if (c := w.curvature) is not None]
-        mean = sum(measured) / len(measured) if any(measured) else 1.0
-        least = 1e-3 * mean  # a width that seemed harmless so far still is worth something
-
-        def one(group: dict[str, Width], role: str) -> float | None:
-            if role not in group:
-                return None
-            c = group[role].curvature
-            return mean if c is None else max(c, least)
-
-        return [(one(g, "weight"), one(g, "input")) for g in self.groups]
+        """a of every width for `meet_budget`; None where a role is not learned."""
+        every = self.widths()
+        fitted = dict(zip(map(id, every), curvatures(every, self.floor), strict=True))
+        pair = lambda group: tuple(fitted[id(group[r])] if r in group else None for r in ROLES)  # noqa: E731
+        return [pair(group) for group in self.groups]  # pyright: ignore[reportReturnType]
 
     def after_epoch(self, metrics: dict[str, Any]) -> None:
         widths = self.widths()

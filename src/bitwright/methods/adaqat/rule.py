@@ -1,6 +1,7 @@
 """AdaQAT's arithmetic: one real-valued bit-width, its gradient, its oscillations."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bitwright.quantizer import Quantizer
@@ -31,13 +32,16 @@ def update(N: float, loss: float, probe: float, lam: float, other_bits: float, e
     return N - eta * bit_gradient(loss, probe, lam, other_bits)
 
 
-def relative_update(N: float, loss: float, probe: float, slope: float, eta: float) -> float:
+def relative_update(N: float, gain: float, slope: float, eta: float) -> float:
     """`update` divided by the cost's part of the gradient, at most `eta` bits either way (ours, for budgets).
 
     The multiplier of a budget varies over orders of magnitude; so do layers' shares. Divided, a bit that no loss
-    defends goes at `eta` bits a visit, whatever the units. slope: lambda times the cost of one bit, > 0.
+    defends goes at `eta` bits a visit, whatever the units.
+
+    Args:
+        gain: L(b - 1) - L(b), what the last bit is worth. slope: lambda times the cost of one bit, > 0.
     """
-    return N - eta * min(max(bit_gradient(loss, probe, 1.0, slope) / slope, -1.0), 1.0)
+    return N - eta * min(max(1.0 - gain / slope, -1.0), 1.0)
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Width:
 
     Attributes:
         real: N. frozen: whether it still moves. arrivals: upward moves to each number of bits, so far.
-        fit_xy, fit_xx: moments of the fit `loss(b - 1) - loss(b) = a * 3 * 4^-b` (see `curvature`).
+        fit_xy, fit_xx: moments of the fit `loss(p) - loss(b) = a (4^-p - 4^-b)` (see `curvatures`).
     """
 
     name: str
@@ -90,17 +94,25 @@ class Width:
         if self.real <= floor - 0.5:
             self.freeze(floor)
 
-    def observe(self, loss: float, probe: float, forget: float = 0.9) -> None:
-        """Take in what one bit less costs now; older observations fade by `forget`."""
-        x = 3.0 * 4.0**-self.bits
+    def observe(self, loss: float, probe: float, probe_bits: int, forget: float = 0.9) -> None:
+        """Take in what `probe_bits` instead of the present bits cost now; older observations fade by `forget`."""
+        x = 4.0**-probe_bits - 4.0**-self.bits
         self.fit_xy = forget * self.fit_xy + (probe - loss) * x
         self.fit_xx = forget * self.fit_xx + x * x
 
-    @property
-    def curvature(self) -> float | None:
-        """a in loss(b) = const + a 4^-b, by least squares over the observations; None before the first.
 
-        Rounding noise has the power 4^-b, and least squares gives the observations at few bits, where the loss
-        stands out of the batch's noise, the weight that they deserve.
-        """
-        return self.fit_xy / self.fit_xx if self.fit_xx > 0 else None
+def curvatures(widths: Sequence[Width], floor: int, prior: float = 4.0) -> list[float]:
+    """a of every width in loss(b) = const + a 4^-b: rounding noise has the power 4^-b (ours).
+
+    Least squares over a width's observations and `prior` more, of probes at `floor` bits that agree with the fit over
+    all widths of its role: a mini-batch says little about one layer. At least a thousandth of the mean.
+    """
+    found = []
+    for width in widths:
+        alike = [w for w in widths if w.role == width.role]
+        seen = sum(w.fit_xx for w in alike)
+        common = max(sum(w.fit_xy for w in alike) / seen, 0.0) if seen > 0 else 1.0
+        weight = prior * 16.0**-floor
+        found.append((width.fit_xy + weight * common) / (width.fit_xx + weight))
+    mean = sum(max(a, 0.0) for a in found) / len(found)
+    return [max(a, 1e-3 * mean if mean > 0 else 1.0) for a in found]
