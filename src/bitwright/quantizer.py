@@ -80,7 +80,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def set_bits(self, bits: int) -> None:
-        """Change the bit-width (1 to 8) in place; the grid's scale follows (the clipping bound stays).
+        """Change the bit-width (1 to 8) in place; the grid's scale follows.
+
+        The clipping bound stays, except for LSQ's weights (see `bitwright.grids.lsq.LSQ`).
 
         Raises:
             BitwrightError: `bits` is not an integer from 1 to 8.

@@ -90,9 +90,26 @@ def test_mse_init_beats_every_other_fraction_of_the_range(make):
         assert best <= other * 1.001
 
 
+def test_scales_of_weights_follow_the_best_step_for_normal_values(make):
+    """Against the least squared error over the quantiles of a normal distribution, by search."""
+    values = torch.special.ndtri((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000)
+    best = {}
+    for bits in range(1, 9):
+        steps = torch.linspace(2.0, 6.0, 801, dtype=torch.float64) / 2**bits * 1.5
+        top = 2 ** (bits - 1) - 0.5  # codes in the middle of their intervals, as Max has them
+        errors = [(((values / s - 0.5).round() + 0.5).clamp(-top, top) * s - values).square().mean() for s in steps]
+        best[bits] = steps[torch.stack(errors).argmin()].item()
+    q = make("lsq", 4, torch.randn(1, 2000), role="weight")
+    scale = q.grid.scale.item()
+    for bits in (2, 3, 8, 1, 5, 4):
+        q.set_bits(bits)
+        assert q.grid.scale.item() / scale == pytest.approx(best[bits] / best[4], rel=0.06), bits
+    assert q.grid.scale.item() == pytest.approx(scale, rel=1e-6)
+
+
 @pytest.mark.parametrize("signed", [True, False])
-def test_set_bits_keeps_the_upper_clipping_bound(make, signed):
-    q = make("lsq", 8, torch.rand(100) * 3, signed=signed)
+def test_set_bits_keeps_the_upper_clipping_bound_of_inputs(make, signed):
+    q = make("lsq", 8, torch.rand(100) * 3, signed=signed, role="input")
     top = q(torch.tensor([1e9])).item()
     for bits in (4, 3, 1, 2, 8):
         q.set_bits(bits)

@@ -246,7 +246,8 @@ class IntConv(IntLayer):
             numbers = zip(sizes, ends, self.dilation, self.kernel_size, self.stride, strict=True)
             out = [(n + sum(p) - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in numbers]
             shape = (x.shape[0], self.numbers.shape[0], *out)
-            return self.symbol(x, shape, x.dtype, pads=[p[0] for p in ends] + [p[1] for p in ends])
+            around = [p[0] for p in ends] + [p[1] for p in ends]
+            return self.symbol(x, shape, x.dtype, pads=around, sizes=list(sizes))
         numbers, weight, factor = self.operands(x)
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         padded = F.pad(numbers, pads, mode=mode) if any(pads) else numbers

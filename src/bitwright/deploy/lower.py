@@ -29,7 +29,7 @@ from bitwright.deploy.packing import (
 from bitwright.errors import BitwrightError
 
 # Ends of the names that `verify` and readers of a file ask for.
-ASKED_FOR = (".codes", ".weight", ".bias", ".negative_bias", ".table_scale")
+ASKED_FOR = (".codes", ".weight", ".split_weight", ".bias", ".negative_bias", ".table_scale")
 
 
 @dataclass(frozen=True)
@@ -116,24 +116,27 @@ class Lowering(GraphBuilder):
         values = layer.packed.scale.numpy()
         return self.constant(f"{layer.name}.weight_scale", values if values.size > 1 else values.reshape(()))
 
-    def conv(self, layer: IntConv, at: str, x: str, y: str, pads: list[int]) -> None:
-        """A convolution; its bias is an int32 tensor where integer kernels can add it."""
+    def conv(self, layer: IntConv, at: str, x: str, y: str, pads: list[int], sizes: list[int]) -> None:
+        """A convolution over axes of `sizes`."""
         codes, mode = layer.input_quantizer, layer.padding_mode
         apart = pads if any(pads) and mode != "zeros" else None
         if codes is not None:
             x = self.quantized(codes, x, integer=layer.integer, pads=apart, mode=mode)
         elif apart is not None:
             x = self.padded(x, pads, mode, at)
-        inputs = [x, self.weight(layer)]
+        kept: dict[str, Any] = {"group": layer.groups} if layer.groups > 1 else {}
+        kept |= {k: v for k, v in (("strides", layer.stride), ("dilations", layer.dilation)) if set(v) != {1}}
+        if apart is None and any(pads):
+            kept["pads"] = pads
+        self.finish(layer, at, [x, self.weight(layer)], y, kept)
+
+    def finish(self, layer: IntConv, at: str, inputs: list[str], y: str, kept: dict[str, Any]) -> None:
+        """The node, and its bias: an int32 tensor where integer kernels can add it."""
         if layer.bias_codes is not None:
             inputs.append(self.integer_bias(layer))
         elif layer.bias is not None and not layer.late_bias:
             inputs.append(self.constant(f"{layer.name}.bias", layer.bias.numpy()))
         late = layer.bias is not None and len(inputs) == 2
-        kept: dict[str, Any] = {"group": layer.groups} if layer.groups > 1 else {}
-        kept |= {k: v for k, v in (("strides", layer.stride), ("dilations", layer.dilation)) if set(v) != {1}}
-        if apart is None and any(pads):
-            kept["pads"] = pads
         self.nodes.append(helper.make_node("Conv", inputs, [f"{at}.sum" if late else y], name=at, **kept))
         if late:
             # Given to Conv, a runtime would round it to a grid too coarse or too fine for it.
@@ -193,7 +196,7 @@ class Lowering(GraphBuilder):
         layer = self.layers[name]
         at = self.call(name)
         if isinstance(layer, IntConv):
-            self.conv(layer, at, x, y, list(attributes["pads"]))
+            self.conv(layer, at, x, y, list(attributes["pads"]), list(attributes["sizes"]))
         elif isinstance(layer, IntLinear):
             self.linear(layer, at, x, y)
         elif isinstance(layer, IntEmbedding):

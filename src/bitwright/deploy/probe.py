@@ -14,6 +14,7 @@ from torch import Tensor
 from bitwright.deploy.builder import QUANTIZER
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.integer import DOMAIN, IntEmbedding, IntLayer, IntLinear
+from bitwright.deploy.split import SPLIT, unsplit
 from bitwright.errors import BitwrightError
 
 # What onnxruntime 1.31 takes at most.
@@ -100,6 +101,8 @@ def probe_graph(proto: onnx.ModelProto, path: Path, layers: dict[str, IntLayer],
             cast = helper.make_node("Cast", [f"{name}.codes"], [f"{name}.all"], to=TensorProto.FLOAT)
             scale = helper.make_node("Mul", [f"{name}.all", f"{name}.table_scale"], [f"{name}.weight"])
             copy.graph.node.extend([cast, scale])
+    split = {node.output[0].removesuffix(SPLIT): node for node in proto.graph.node if node.output[0].endswith(SPLIT)}
+    copy.graph.node.extend(unsplit(node, name) for name, node in split.items())
     present = {out for node in copy.graph.node for out in node.output}
     present |= {t.name for t in copy.graph.initializer}
     biases = {

@@ -56,6 +56,23 @@ def dequantize(plan: Planner, node: NodeProto) -> bool:
     return True
 
 
+def space_to_depth(plan: Planner, node: NodeProto) -> bool:
+    """SpaceToDepth of codes; blocks of channels-last images are runs of memory."""
+    x = plan.values.get(node.input[0])
+    x = None if x is None or x.codes is None else plan.as_image(x, node.input[0])
+    if x is None:
+        return False
+    size = plan.graph.attributes(node)["blocksize"]
+
+    def run(codes: NDArray) -> list[NDArray]:
+        n, rows, columns, channels = codes.shape
+        blocks = codes.reshape(n, rows // size, size, columns // size, size * channels).swapaxes(2, 3)
+        return [np.ascontiguousarray(blocks).reshape(n, rows // size, columns // size, -1)]
+
+    plan.emit(Host(run, "blocks"), [x], node.output[0], Value(node.output[0], x.codes, image=True))
+    return True
+
+
 def conv(plan: Planner, node: NodeProto) -> bool:
     """A convolution over images of codes; what follows it up to a quantizer belongs to it."""
     graph = plan.graph
@@ -274,6 +291,7 @@ def pad(plan: Planner, node: NodeProto) -> bool:
 HANDLERS: Handlers = {
     "QuantizeLinear": quantize,
     "DequantizeLinear": dequantize,
+    "SpaceToDepth": space_to_depth,
     "Conv": conv,
     "MatMul": matmul,
     "Add": add,

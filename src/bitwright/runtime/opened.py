@@ -19,7 +19,7 @@ class NativeFile:
     """An `onnx` file in the native runtime: an `Opened` (see `bitwright.deploy.targets.opened`).
 
     Codes come from the run itself. Left out are quantizers inside the parts that onnxruntime computes, and the
-    weights of layers there; biases are in the sums, which the codes show.
+    weights of layers there and of split convolutions; biases are in the sums, which the codes show.
     """
 
     def __init__(self, path: Path, network: Network):

@@ -13,6 +13,7 @@ from torch import nn
 
 from bitwright import BitwrightError, QuantizerSpec, Rule, Step, calibrate, prepare, quant_layers, quantizers, rules
 from bitwright.costs import cost_table
+from bitwright.grids.lsq import normal_step
 from bitwright.methods.adaqat import AdaQAT, LayerCost
 from bitwright.training.models.resnet import CifarResNet
 from methods.nets import data, float_net, make_step, quantized, run, same_state
@@ -148,14 +149,14 @@ def test_probes_leave_no_trace(grid, granularity):
 
 
 @pytest.mark.parametrize("start", [2.0, 4.0])
-def test_a_probe_has_one_bit_less_and_the_same_clipping_bound(start):
+def test_a_probe_has_one_bit_less_and_scales_follow(start):
     model = quantized(float_net(), bits=4)
     method = AdaQAT(model, 1000, every=1, warmup_steps=0, start=start, lam=0.0, eta=0.0)
     seen = []
     inside = [q for q in method.widths()[0].quantizers]
 
     def loss_fn(outputs, y):
-        seen.append([(int(q.bits), (q.grid.scale * (q.code_hi - q.codes.zero)).detach().clone()) for q in inside])
+        seen.append([(int(q.bits), q.grid.scale.detach() / normal_step(q.codes)) for q in inside])
         return F.cross_entropy(outputs, y)
 
     Step(model, loss_fn, torch.optim.SGD(model.parameters(), 0.0), [method])(*data())

@@ -16,6 +16,7 @@ from bitwright.deploy.integer import InputCodes, IntLayer
 from bitwright.deploy.lower import LayerFile, lower
 from bitwright.deploy.packing import OPSET
 from bitwright.deploy.probe import frozen_weights, open_session, probe_graph, read, run_session
+from bitwright.deploy.split import SplitLowering
 from bitwright.deploy.targets.opened import Network, frozen_codes
 from bitwright.errors import BitwrightError
 
@@ -55,11 +56,6 @@ def placeholder_graph(frozen: nn.Module, example: Tensor) -> onnx.ModelProto:
     return model
 
 
-def to_onnx(frozen: nn.Module, example: Tensor) -> tuple[onnx.ModelProto, list[LayerFile]]:
-    """The frozen form as an ONNX model, and how each weight is stored in it."""
-    return lower(placeholder_graph(frozen, example), frozen)
-
-
 def report(path: Path, size: int, proto: onnx.ModelProto, layers: list[LayerFile], target: str) -> ExportReport:
     """The report of a file that holds `proto`."""
     packed = sum(layer.size_bytes for layer in layers if layer.packing != "float32")
@@ -79,7 +75,8 @@ def write(proto: onnx.ModelProto, path: Path, example: Tensor) -> int:
 
 def export_onnx(model: nn.Module, path: Path, example: Tensor) -> ExportReport:
     """Write the file; see `bitwright.deploy.export`."""
-    proto, layers = to_onnx(freeze(model, example), example.cpu())
+    frozen = freeze(model, example)
+    proto, layers = lower(placeholder_graph(frozen, example.cpu()), frozen, SplitLowering)
     return report(path, write(proto, path, example.cpu()), proto, layers, "onnx")
 
 

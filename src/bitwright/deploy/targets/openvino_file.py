@@ -22,10 +22,10 @@ from bitwright.deploy.capture import first_line
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import DOMAIN, InputCodes, IntAdd, IntLayer, IntLinear
-from bitwright.deploy.lower import LayerFile
+from bitwright.deploy.lower import LayerFile, lower
 from bitwright.deploy.packing import BIAS
 from bitwright.deploy.probe import frozen_weights, probe_graph, read
-from bitwright.deploy.targets.onnx_file import report, to_onnx
+from bitwright.deploy.targets.onnx_file import placeholder_graph, report
 from bitwright.deploy.targets.opened import Network, frozen_codes
 from bitwright.errors import BitwrightError
 from bitwright.layers.output import has_output
@@ -94,7 +94,7 @@ def export_openvino(model: nn.Module, path: Path, example: Tensor) -> ExportRepo
     example = example.cpu()
     frozen = freeze(model, example)
     refuse_what_is_lost(frozen)
-    proto, files = to_onnx(frozen, example)
+    proto, files = lower(placeholder_graph(frozen, example), frozen)
     layers = {m.name: m for m in frozen.modules() if isinstance(m, IntLayer)}
     files = in_bytes(proto, layers, files)
     onnx.helper.set_model_props(proto, {"target": "openvino"})

@@ -32,7 +32,8 @@ class AdaQAT(Method):
 
     Every `every` steps the task loss of the present batch is taken at the present bits and with one bit less (for the
     weights and for the inputs of one group of layers), without gradient and without a trace in the model; then
-    N <- N - eta ([L(b) - L(b - 1)] + lambda * cost of the bit), b = ceil(N).
+    N <- N - eta ([L(b) - L(b - 1)] + lambda * cost of the bit), b = ceil(N). With a budget the second loss is taken at
+    the floor, and the bracket is a fit over all of a width's probes (`curvatures`), as one bit's worth drowns in noise.
 
     Args:
         model: prepared (and calibrated). Quantizers must follow a change of bits, as all of the library's do.
@@ -228,9 +229,7 @@ class AdaQAT(Method):
         group = self.groups[index]
         moving = [w for w in group.values() if not w.frozen]
         probed = [w.bits - 1 if not self.budget else min(w.bits - 1, self.floor) for w in moving]
-        losses = self._agree(
-            torch.stack([self._loss(step, None, 0), *map(partial(self._loss, step), moving, probed)])
-        )
+        losses = self._agree(torch.stack([self._loss(step, None, 0), *map(partial(self._loss, step), moving, probed)]))
         self._drive()
         if not all(math.isfinite(v) for v in losses):
             return
