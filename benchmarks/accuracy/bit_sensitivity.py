@@ -1,4 +1,4 @@
-"""What is each layer's bit worth? The loss with one layer's weights or inputs at 2, 3, 4 or 5 bits, the rest as trained.
+"""What is each layer's bit worth? The loss with one layer's weights or inputs at 2, 3, 4 or 5 bits, else as trained.
 
     python benchmarks/accuracy/bit_sensitivity.py RUN --data-dir DIR --out benchmarks/accuracy/bit_sensitivity.csv
 

@@ -75,7 +75,7 @@ class SplitLowering(Lowering):
         return whole if len(whole) == 2 else None
 
     def split_weight(self, layer: IntConv, axes: list[Axis]) -> str:
-        """Codes (out, in, rows, columns) as (out, stride · stride · in, blocks, blocks), dequantized; folded at load."""
+        """Codes (out, in, rows, columns) as (out, stride * stride * in, blocks, blocks), dequantized at load."""
         name, stride = layer.name, layer.stride[0]
         out = f"{name}{SPLIT}"
         if name in self.files:
