@@ -70,8 +70,8 @@ class LSQ(Grid):
 
     Where the bits change, inputs keep their upper clipping bound and weights' scales follow the best step for normally
     distributed values: few bits with a clipping bound made for many round nearly every weight to 0. Measured on a
-    ResNet-20 at W4A3 (loss 0.45), without further training: all weights at 2 bits cost 0.3 so, and 1.3 with the bound
-    kept; all inputs 0.16, and 0.11 with the bound kept (`python benchmarks/accuracy/bit_sensitivity.py RUN`).
+    ResNet-20 at W4A3, without further training: all inner weights at 2 bits raise the loss from 0.47 by 0.31 so, and by
+    1.36 with the bound kept (`python benchmarks/accuracy/bit_sensitivity.py RUN --data-dir DIR`, CSV kept).
     """
 
     def __init__(self, shape: Shape, init: Literal["lsq", "mse"] = "lsq"):
