@@ -21,7 +21,7 @@ from bitwright.training.checkpoint import load_checkpoint
 from bitwright.training.data import load_data
 from bitwright.training.diagnose import Diverged, first_bad_layer
 from bitwright.training.evaluate import evaluate, some_images
-from bitwright.training.folder import load_run
+from bitwright.training.folder import RunFolder, load_run
 from bitwright.training.interrupt import Interrupted
 from bitwright.training.loop import Trainer
 from bitwright.training.methods import METHODS
@@ -178,6 +178,17 @@ def test_a_folder_with_a_run_is_kept_unless_told_otherwise(tmp_path):
         train(tmp_path, "schedule.epochs=2")
     assert files == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
     assert train(tmp_path, "schedule.epochs=2", overwrite=True)["epochs"] == 2
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path):
+    train(tmp_path, "schedule.epochs=1")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    with RunFolder(tmp_path / "run").alone():
+        for again in (lambda: train(tmp_path, overwrite=True), lambda: resume(tmp_path)):
+            with pytest.raises(BitwrightError, match="another process is training there; wait for it or give another"):
+                again()
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    assert resume(tmp_path)["epochs"] == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
 """The folder of a run: its files, and the network that they hold."""
 
+import fcntl
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +54,32 @@ class RunFolder:
     def quickstart(self) -> Path:
         """Marks the folder of a quick start, so that --resume finishes all of it."""
         return self.root / "quickstart.json"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the lock of the folder, which is made where it is missing: two processes would mix their checkpoints.
+
+        The lock is the folder's own (`flock`), goes with the process, and is not taken on filesystems without locks.
+
+        Raises: BitwrightError where another process trains there, or the folder cannot be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.root, os.O_RDONLY)
+        except OSError as error:
+            raise cannot_write(self.root, error) from None
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BitwrightError(
+                    f"{self.root}: another process is training there; wait for it or give another --out"
+                ) from None
+            except OSError:
+                pass
+            yield
+        finally:
+            os.close(handle)
 
     def claim(self, *, overwrite: bool) -> None:
         """Make the folder ready for a new run; with `overwrite`, the files of an earlier one are removed.

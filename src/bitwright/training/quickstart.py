@@ -42,7 +42,8 @@ def begin(out: Path, overrides: list[str], *, overwrite: bool, reporter: Reporte
     recipes = {name: load_recipe(f"digits-{name.lower()}", overrides) for name in runs_of(out)}
     reporter.note(NOTICE.format(out=out))
     for folder in runs_of(out).values():
-        folder.claim(overwrite=overwrite)
+        with folder.alone():
+            folder.claim(overwrite=overwrite)
     for name, folder in runs_of(out).items():
         write_atomic(folder.recipe, dump_recipe(recipes[name]))
     write_json(RunFolder(out).quickstart, list(recipes))

@@ -21,16 +21,18 @@ def train(
 
     Data, model and rules are checked before the folder is touched.
 
-    Raises: see `Trainer.run`; BitwrightError for a folder that holds a run already, unless `overwrite`.
+    Raises: see `Trainer.run`; BitwrightError for a folder that holds a run already, unless `overwrite`, or in which
+        another process trains.
     """
     set_threads(recipe)
     choose_device(recipe)
     dataset = recipe_data(recipe, cache)
     quantize(recipe, float_model(recipe, dataset, fresh=True), dataset)
     folder = RunFolder(out)
-    folder.claim(overwrite=overwrite)
-    write_atomic(folder.recipe, dump_recipe(recipe))
-    return _run(recipe, folder, dataset, cache, reporter, stop)
+    with folder.alone():
+        folder.claim(overwrite=overwrite)
+        write_atomic(folder.recipe, dump_recipe(recipe))
+        return _run(recipe, folder, dataset, cache, reporter, stop)
 
 
 def resume(
@@ -43,7 +45,8 @@ def resume(
     folder = RunFolder(root)
     recipe = folder.load_recipe(overrides)
     set_threads(recipe)
-    return _run(recipe, folder, recipe_data(recipe, cache), cache, reporter, stop)
+    with folder.alone():
+        return _run(recipe, folder, recipe_data(recipe, cache), cache, reporter, stop)
 
 
 def _run(
