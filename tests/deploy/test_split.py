@@ -48,6 +48,7 @@ def written(path):
         (3, 2, 0, 8, True),
         (4, 4, 0, 8, True),  # a transformer's patches
         (5, 3, 2, 12, True),
+        (16, 16, 0, 32, False),  # rows of a window that are long enough
         (3, 2, 1, 9, False),  # no whole number of blocks
         (3, 1, 1, 8, False),
     ],
