@@ -1,6 +1,6 @@
 """Runs an hour when many small ones share a machine: one sweep, with one, two, ... runs at a time.
 
-    python benchmarks/speed/side_by_side.py --jobs 1 2 --out benchmarks/speed/side-by-side.csv
+    python benchmarks/speed/side_by_side.py --jobs 1 2 --epochs 5 --rounds 2 --out benchmarks/speed/side-by-side.csv
 
 Every row trains the same runs (`digits-w4a4`, shortened, a seed each) with `bitwright sweep`, from an empty folder and
 a float partner that is trained before, and takes the wall time of the whole command, start of its processes included.
@@ -8,7 +8,6 @@ Rows alternate over the rounds. On a GPU, jobs are processes that share it.
 """
 
 import argparse
-import csv
 import os
 import platform
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from measure import write
 
 FIELDS = ["device", "jobs", "runs", "runs_per_hour", "q1", "q3", "times_one_job", "rounds", "cores", "torch"]
 
@@ -32,9 +32,10 @@ def sweep(folder: Path, seeds: int, jobs: int, epochs: int, device: str) -> floa
     overrides = {"schedule.epochs": epochs, "device": device}
     made = {"recipe": "digits-w4a4", "overrides": overrides, "seeds": list(range(seeds)), "jobs": jobs}
     file.write_text(yaml.safe_dump(made))
-    line = [sys.executable, "-m", "bitwright", "sweep", str(file), "--out", str(out), "--cache", str(folder / "cache")]
+    line = [sys.executable, "-m", "bitwright", "sweep", str(file), "--out", str(out)]
+    caches = {**os.environ, "BITWRIGHT_CACHE": str(folder / "cache")}
     start = time.perf_counter()
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=caches)
     if done.returncode:
         raise SystemExit(done.stderr.strip() or done.stdout.strip())
     return time.perf_counter() - start
@@ -66,11 +67,7 @@ def main() -> None:
         row = [device or platform.machine(), jobs, args.runs, *numbers, round(gain, 2), *about]
         rows.append(dict(zip(FIELDS, row, strict=True)))
         print(rows[-1])
-    if args.out:
-        with args.out.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+    write(rows, args.out)
 
 
 if __name__ == "__main__":

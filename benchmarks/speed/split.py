@@ -6,7 +6,6 @@ Both files alternate in one process; CPU time of the second of two runs in a row
 """
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
@@ -16,6 +15,7 @@ from unittest import mock
 import onnx
 import onnxruntime
 import torch
+from measure import write
 from torch import nn
 
 import bitwright as bw
@@ -68,11 +68,7 @@ def main() -> None:
         found |= {f"{kind}_us": round(1e6 * statistics.median(each), 1) for kind, each in times.items()}
         rows.append({**shape, **found, "rounds": args.rounds, "onnxruntime": onnxruntime.__version__})
         print(rows[-1], flush=True)
-    if args.out:
-        with args.out.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    write(rows, args.out)
 
 
 if __name__ == "__main__":

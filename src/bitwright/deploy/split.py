@@ -16,7 +16,8 @@ from bitwright.deploy.lower import Lowering
 
 FEW_CHANNELS = 4
 # Pixels times channels in a row of the window, from which on gathering is fast as it is: the 16 × 16 patches of a
-# vision transformer take 1.2 times as long over blocks, those of 4 × 4 and MobileNet's first layer 0.8 times.
+# vision transformer take 1.4 times as long over blocks, 4 × 4 ones and MobileNet's first layer 0.7 times
+# (`benchmarks/speed/split.csv`).
 LONG_ROW = 32
 SPLIT = ".split_weight"  # what the dequantized weight of such a layer is called, behind the layer's name
 
