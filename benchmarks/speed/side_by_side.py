@@ -9,7 +9,6 @@ Rows alternate over the rounds. On a GPU, jobs are processes that share it.
 
 import argparse
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -64,7 +63,7 @@ def main() -> None:
         device = args.device if args.device == "cpu" else torch.cuda.get_device_name()
         numbers = [round(v, 1) for v in (middle, low, high)]
         about = [args.rounds, os.cpu_count(), torch.__version__]
-        row = [device or platform.machine(), jobs, args.runs, *numbers, round(gain, 2), *about]
+        row = [device, jobs, args.runs, *numbers, round(gain, 2), *about]
         rows.append(dict(zip(FIELDS, row, strict=True)))
         print(rows[-1])
     write(rows, args.out)

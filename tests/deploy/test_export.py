@@ -218,3 +218,19 @@ def test_partly_quantized_and_per_channel_inputs(kind, side, tmp_path):
     report = verify(model, tmp_path / "net.onnx", [fresh])
     assert not any(r["different_file"] for r in report.rows() if r["what"] == "weight")
     assert all(r["different_frozen"] + r["different_file"] <= 2 for r in report.rows())
+
+
+@pytest.mark.parametrize(("bias", "stored"), [(0.5, onnx.TensorProto.INT16), (1000.0, onnx.TensorProto.INT32)])
+def test_biases_take_two_bytes_where_that_is_enough(bias, stored, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Flatten()), torch.randn(8, 3, 4, 4)
+    nn.init.constant_(model[0].bias, bias)
+    model = quantized(model, "w8a8", x, ends=None)
+    snap_biases(model, x[:2])
+    export(model, tmp_path / "net.onnx", x[:2])
+    proto = onnx.load(str(tmp_path / "net.onnx"))
+    codes = next(n.input[0] for n in proto.graph.node if n.op_type == "Bias")
+    assert next(t.data_type for t in proto.graph.initializer if t.name == codes) == stored
+    found = verify(model, tmp_path / "net.onnx", [x])
+    assert found.ok, found.first_difference
+    assert found.different_file == 0

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from bitwright.deploy.integer import DOMAIN
-from bitwright.deploy.packing import OPSET, field_widths, function_name, pack_fields, pack_int4, unpack_function
+from bitwright.deploy.packing import (
+    BIAS,
+    OPSET,
+    bias_function,
+    field_widths,
+    function_name,
+    pack_fields,
+    pack_int4,
+    unpack_function,
+)
 
 
 @given(st.integers(1, 8), st.integers(1, 70), st.integers(0, 2**32 - 1))
@@ -45,3 +54,25 @@ def test_the_runtime_unpacks(bits, target):
     onnx.checker.check_model(model, full_check=True)
     (out,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {})
     assert np.array_equal(out, step * stored.astype(np.int32) + offset)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("dtype", [np.int16, np.int32])
+def test_the_runtime_scales_biases_by_the_product_of_two_scales_rounded_once(dtype, channels):
+    generator = np.random.default_rng(channels)
+    ends = np.iinfo(dtype)
+    codes = np.array([ends.min, -1, 0, 7, 2**20 if dtype == np.int32 else ends.max], dtype)
+    input_scale = np.float32(generator.random())
+    weight_scale = generator.random(channels).astype(np.float32) if channels > 1 else np.float32(0.0137)
+    given = {"codes": codes, "input_scale": input_scale, "weight_scale": weight_scale}
+    constants = [numpy_helper.from_array(np.array(v), k) for k, v in given.items()]
+    node = helper.make_node(BIAS, list(given), ["bias"], domain=DOMAIN)
+    graph = helper.make_graph(
+        [node], "g", [], [helper.make_tensor_value_info("bias", TensorProto.FLOAT, [5])], constants
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    model = helper.make_model(graph, functions=[bias_function()], opset_imports=opsets, ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    (out,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {})
+    step = (np.float64(input_scale) * np.asarray(weight_scale, np.float64)).astype(np.float32)
+    assert np.array_equal(out, codes.astype(np.float32) * step)

@@ -250,9 +250,13 @@ class AdaQAT(Method):
 
     def _gains(self, widths: list[Width]) -> list[float]:
         """L(b - 1) - L(b) of each width as the fit over all observations has it."""
-        every = self.widths()
-        fitted = dict(zip(map(id, every), curvatures(every, self.floor), strict=True))
+        fitted = self._fitted()
         return [fitted[id(w)] * 3.0 * 4.0**-w.bits for w in widths]
+
+    def _fitted(self) -> dict[int, float]:
+        """a of every width, by its id."""
+        every = self.widths()
+        return dict(zip(map(id, every), curvatures(every, self.floor), strict=True))
 
     def _slope(self, index: int, width: Width, pair: tuple[int, int]) -> float:
         """What one bit of `width` costs: the other operand's bits, or lambda times the share of the budgets."""
@@ -317,8 +321,7 @@ class AdaQAT(Method):
 
     def _curvatures(self) -> list[tuple[float | None, float | None]]:
         """a of every width for `meet_budget`; None where a role is not learned."""
-        every = self.widths()
-        fitted = dict(zip(map(id, every), curvatures(every, self.floor), strict=True))
+        fitted = self._fitted()
         pair = lambda group: tuple(fitted[id(group[r])] if r in group else None for r in ROLES)  # noqa: E731
         return [pair(group) for group in self.groups]  # pyright: ignore[reportReturnType]
 
