@@ -6,21 +6,24 @@ import numpy as np
 import pytest
 import torch
 from deploy_nets import shipped
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import bitwright as bw
 from bitwright.deploy import snap_biases
 from bitwright.deploy.capture import Requantized, captured, requantized
-from bitwright.deploy.ties import LARGEST, PARTS, SMALLEST, part_ties, scale_of
+from bitwright.deploy.ties import FEWEST, odd_parts, part_ties, parts_of, scale_of, whole
+from bitwright.grids import code_range
 from bitwright.prepare import quantizers
 from bitwright.training.models.resnet import CifarResNet
 
 
-def residual_net(topology: str) -> nn.Module:
+def residual_net(topology: str, bits: str = "w4a4") -> nn.Module:
     """A calibrated ResNet-8 with scales as training leaves them: anything."""
     torch.manual_seed(3)
     model, x = CifarResNet(8, 10, 3, width=8).eval(), torch.randn(16, 3, 16, 16)
-    rules = bw.rules("w4a4")
+    rules = bw.rules(bits)
     bw.prepare(model, rules + bw.topology(model, x, topology, rules=rules))  # pyright: ignore
     bw.calibrate(model, [x])
     with torch.no_grad():
@@ -49,33 +52,61 @@ def test_what_is_quantized_again_is_found():
     assert found == [Requantized("c.input_quantizer", ("a.output_quantizer", "b.output_quantizer"))]
 
 
-@pytest.mark.parametrize("topology", ["res8", "shared"])
-def test_every_arithmetic_rounds_a_sum_to_the_same_code(topology):
-    model, x = residual_net(topology), torch.randn(2, 3, 16, 16)
+def codes_of(bits: int, signed: bool) -> np.ndarray:
+    """All codes of a quantizer, float32."""
+    codes = code_range(bits, signed)
+    return np.arange(codes.lo.item(), codes.hi.item() + 1, dtype=np.float32)
+
+
+def assert_rounds_alike(step: float, scales: list[float], codes: list[np.ndarray], top: int, parts: int) -> None:
+    """Every sum of k * scale that has a code of `step` is rounded alike by three arithmetics, far from ties."""
+    s, t = np.float32(step), [np.float32(scale) for scale in scales]
+    grids = np.meshgrid(*codes)
+    ours = np.rint(np.sum([k * u for k, u in zip(grids, t, strict=True)], 0, dtype=np.float32) / s)
+    fused = np.rint(np.sum([k * (u / s) for k, u in zip(grids, t, strict=True)], 0, dtype=np.float32))
+    exact = sum(k.astype(np.float64) * float(u) for k, u in zip(grids, t, strict=True)) / float(s)
+    seen = np.abs(exact) <= top
+    assert np.array_equal(ours[seen], np.rint(exact)[seen])
+    assert np.array_equal(fused[seen], np.rint(exact)[seen])
+    assert np.abs(exact - np.floor(exact) - 0.5)[seen].min() > 0.8 / (2 * parts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.integers(1, 8),
+    source_bits=st.lists(st.integers(2, 8), min_size=1, max_size=2),
+    signed=st.booleans(),
+    reach=st.lists(st.floats(0.05, 3.0), min_size=2, max_size=2),
+)
+def test_any_widths_and_ratios_stay_off_ties(bits, source_bits, signed, reach):
+    """8 bits read by 2, as a residual stream is by a layer, as well as the widths of a sum."""
+    codes = [codes_of(b, signed) for b in source_bits]
+    largest, top = [int(np.abs(c).max()) for c in codes], int(max(2**bits - 1 >> signed, 1))
+    ratios = [r * top / k for r, k in zip(reach, largest, strict=False)]  # reach: in ranges of the reader
+    parts = odd_parts(ratios, largest, top)
+    step = np.float32(0.0137)
+    scales = [float(np.float32(step * round(r * parts) / parts)) for r in ratios]
+    assert odd_parts([scale / float(step) for scale in scales], largest, top) == parts
+    assert_rounds_alike(float(step), scales, codes, top, parts)
+
+
+@pytest.mark.parametrize(("topology", "bits"), [("res8", "w4a4"), ("res8", "w2a2"), ("shared", "w4a4")])
+def test_every_arithmetic_rounds_a_sum_to_the_same_code(topology, bits):
+    model, x = residual_net(topology, bits), torch.randn(2, 3, 16, 16)
     before = {n: scale_of(q) for n, q in quantizers(model).items() if q.shape.channels == 1}
     snap_biases(model, x)
     graph, all_of = captured(model, x), quantizers(model)
-    readings = requantized(graph)
-    sums = 0
-    codes = np.arange(-128, 128, dtype=np.float32)
-    for reading in readings:
-        s = np.float32(scale_of(all_of[reading.reader]))
-        scales = [np.float32(scale_of(all_of[n])) for n in reading.sources]
-        ratios = [float(t) / float(s) * PARTS for t in scales]
-        if not all(SMALLEST <= r <= LARGEST for r in ratios):
-            continue
-        sums += len(ratios) == 2
-        assert ratios == pytest.approx([round(r) for r in ratios], abs=1e-3)
-        grids = np.meshgrid(*[codes] * len(scales))
-        values = [k * t for k, t in zip(grids, scales, strict=True)]
-        ours = np.rint(np.sum(values, 0, dtype=np.float32) / s)
-        fused = np.rint(np.sum([k * (t / s) for k, t in zip(grids, scales, strict=True)], 0, dtype=np.float32))
-        exact = sum(k.astype(np.float64) * float(t) for k, t in zip(grids, scales, strict=True)) / float(s)
-        seen = np.abs(exact) <= 255  # beyond are no codes
-        assert np.array_equal(ours[seen], np.rint(exact)[seen])
-        assert np.array_equal(fused[seen], np.rint(exact)[seen])
-        assert np.abs(exact - np.floor(exact) - 0.5)[seen].min() > 0.9 / (2 * PARTS)
-    assert sums >= {"res8": 3, "shared": 1}[topology]
+    sums = alone = 0
+    for reading in requantized(graph):
+        parts, shares = parts_of(reading, all_of)
+        step, scales = scale_of(all_of[reading.reader]), [scale_of(all_of[n]) for n in reading.sources]
+        assert min(shares) >= FEWEST
+        assert all(whole(t / step * parts) for t in scales)
+        sums, alone = sums + (len(shares) == 2), alone + (len(shares) == 1)
+        affines = [all_of[n].affine() for n in (reading.reader, *reading.sources)]
+        codes = [np.arange(a.lo, a.hi + 1, dtype=np.float32) for a in affines[1:]]
+        assert_rounds_alike(step, scales, codes, max(affines[0].hi, -affines[0].lo), parts)
+    assert (sums, alone) == {"res8": (3, 3), "shared": (3, 0)}[topology]
     moves = [scale_of(all_of[n]) / was - 1 for n, was in before.items()]
     assert 0 < max(map(abs, moves)) < 0.01
 

@@ -2,25 +2,24 @@
 
 A residual sum adds numbers of two grids, a * s_a + b * s_b, and is rounded to a third of step s. Where the trained
 scales stand in any ratio, some a and b put the sum so close to the middle between two codes that float32 decides by
-its own rounding, and PyTorch, a runtime with fused sums and one without come to different codes. With s_a = s * j /
-`PARTS`, s_b = s * i / `PARTS` and `PARTS` odd the sum is (a j + b i) / PARTS codes, which is never a half and at least
-1 / (2 PARTS) away from one: farther than float32 can be off. The same goes for a single value between two grids.
+its own rounding, and PyTorch, a runtime with fused sums and one without come to different codes. With s_a = s * j / p,
+s_b = s * i / p and p odd the sum is (a j + b i) / p codes, which is never a half and at least 1 / (2 p) away from one:
+farther than float32 can be off (`odd_parts`). The same goes for a single value between two grids.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from bitwright.deploy.capture import Captured, requantized
+from bitwright.deploy.capture import Captured, Requantized, requantized
 from bitwright.grids.lsq import LSQ
 from bitwright.prepare import quantizers
 from bitwright.quantizer import Quantizer
 
-# Odd. It keeps values 2.4e-4 of a step away from ties. In float32 two products, a sum and a division are off by
-# 4 * 2^-24 * 512 = 1.2e-4 at most where no operand is more than 256 codes of up to 2 steps. A ratio of 1 / 4, a usual
-# one, moves by 0.1 % at most.
-PARTS = 2047
-# A source whose ratio is beyond these is left as it is: below, the parts are too coarse; above, float32 is.
-SMALLEST, LARGEST = 50, 2 * PARTS
+# A scale that is fewer parts of its reader's than this is left as it is: it would move by more than 1 %.
+FEWEST = 50
 
 
 def scale_of(quantizer: Quantizer) -> float:
@@ -30,15 +29,49 @@ def scale_of(quantizer: Quantizer) -> float:
 
 def movable(quantizer: Quantizer) -> bool:
     """Whether the quantizer has one scale, which is a parameter, and a code for 0."""
-    zero = quantizer.affine().zero
-    one = isinstance(quantizer.grid, LSQ) and quantizer.shape.channels == 1
-    return one and bool((zero == zero.round()).all())
+    return isinstance(quantizer.grid, LSQ) and uniform(quantizer)
 
 
-def nearest_parts(ratio: float) -> int | None:
-    """j of the nearest j / PARTS; None where the ratio is out of reach."""
-    parts = round(ratio * PARTS)
-    return parts if SMALLEST <= parts <= LARGEST else None
+def uniform(quantizer: Quantizer) -> bool:
+    """Whether the quantizer has one scale and a code for 0."""
+    affine = quantizer.affine()
+    return affine.scale.numel() == 1 and bool((affine.zero == affine.zero.round()).all())
+
+
+def largest_code(quantizer: Quantizer) -> int:
+    """The greatest distance of a code from the code of 0."""
+    affine = quantizer.affine()
+    zero = int(affine.zero)
+    return max(affine.hi - zero, zero - affine.lo)
+
+
+def odd_parts(ratios: Sequence[float], largest: Sequence[int], top: int) -> int:
+    """p of j / p: the largest 2^k - 1 that keeps sums farther from ties than float32 can be off.
+
+    Two products, a sum, a division and the scales themselves are each rounded by 2^-24 at most, so that the sum is off
+    by (2 * reach + 3 * top) * 2^-24 codes at most, where that matters: reach is the sum of the largest operands.
+
+    Args:
+        ratios: scale of each source / scale of the reader. largest: of each source, see `largest_code`. top: of the
+            reader; sums beyond it are clipped.
+    """
+    limit = 2.0**23 / (2 * sum(r * k for r, k in zip(ratios, largest, strict=True)) + 3 * (top + 1))
+    # Ratios that were moved before stay, though their parts may now be counted finer: one of these is what was used.
+    finer, coarser = (2 ** math.floor(math.log2(limit * slack)) - 1 for slack in (1.01, 0.99))
+    return finer if all(whole(r * finer) for r in ratios) else coarser
+
+
+def whole(parts: float) -> bool:
+    """Whether this is an integer, up to the rounding of two scales in float32."""
+    return abs(parts - round(parts)) <= parts * 2.0**-23
+
+
+def parts_of(reading: Requantized, all_of: dict[str, Quantizer]) -> tuple[int, list[int]]:
+    """(p, j of each source): the nearest j / p to the ratios of its scales to the reader's."""
+    reader, sources = all_of[reading.reader], [all_of[name] for name in reading.sources]
+    ratios = [scale_of(source) / scale_of(reader) for source in sources]
+    parts = odd_parts(ratios, [largest_code(source) for source in sources], largest_code(reader))
+    return parts, [round(ratio * parts) for ratio in ratios]
 
 
 @torch.no_grad()
@@ -48,7 +81,8 @@ def part_ties(model: nn.Module, graph: Captured) -> int:
     Sources of sums follow the sum's reader, from the network's end to its beginning; a lone reader follows its source.
     A scale moves once: where a tensor goes into two sums of different scales, the later one decides.
     """
-    found, all_of = requantized(graph), quantizers(model)
+    all_of = quantizers(model)
+    found = [r for r in requantized(graph) if all(uniform(all_of[name]) for name in (r.reader, *r.sources))]
     settled: set[str] = set()
     moved = 0
 
@@ -60,23 +94,25 @@ def part_ties(model: nn.Module, graph: Captured) -> int:
         grid.scale.fill_(scale)
         return int(not torch.equal(before, grid.scale))
 
-    pairs = [(r, s) for r in reversed(found) if len(r.sources) == 2 for s in r.sources]
-    for reading, source in pairs:
+    for reading in reversed(found):
+        if len(reading.sources) != 2:
+            continue
         unit = scale_of(all_of[reading.reader])
-        parts = nearest_parts(scale_of(all_of[source]) / unit)
-        if parts is not None and source not in settled and movable(all_of[source]):
-            settled.add(reading.reader)
-            moved += move(source, unit * parts / PARTS)
+        whole_parts, shares = parts_of(reading, all_of)
+        for source, share in zip(reading.sources, shares, strict=True):
+            if share >= FEWEST and source not in settled and movable(all_of[source]):
+                settled.add(reading.reader)
+                moved += move(source, unit * share / whole_parts)
     for reading in found:
         reader, source = reading.reader, next(iter(reading.sources))
         if len(reading.sources) > 1 or reader == source:
             continue
-        parts = nearest_parts(scale_of(all_of[source]) / scale_of(all_of[reader]))
-        if parts is None:
+        whole_parts, (share,) = parts_of(reading, all_of)
+        if share < FEWEST:
             continue
         if reader not in settled and movable(all_of[reader]):
             settled.add(source)
-            moved += move(reader, scale_of(all_of[source]) * PARTS / parts)
+            moved += move(reader, scale_of(all_of[source]) * whole_parts / share)
         elif source not in settled and movable(all_of[source]):
-            moved += move(source, scale_of(all_of[reader]) * parts / PARTS)
+            moved += move(source, scale_of(all_of[reader]) * share / whole_parts)
     return moved
