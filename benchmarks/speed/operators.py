@@ -3,7 +3,7 @@
     python benchmarks/speed/operators.py --out benchmarks/speed/operators.csv
 
 Counted by a TorchDispatchMode on a convolution's weight (per channel) and input (per tensor), 4 bits, learned grid.
-`fused`: the kernels of the CPU. `reference`: plain torch, which runs on every other device in eager mode.
+`fused`: operators with kernels for CPUs (C) and GPUs (Triton). `reference`: plain torch, on every other device.
 """
 
 import argparse

@@ -1,10 +1,13 @@
 """Fake quantization as functions: the one place where rounding happens during training.
 
 One signature, several homes: `reference` (plain torch: any device, twice differentiable; exporters see this one),
-`traced` (plain torch with written-out gradients, for compilers) and `fused` (C, for eager float32 and bfloat16 on the
-CPU).
+`traced` (plain torch with written-out gradients, for compilers) and two for eager training in float32, bfloat16 and
+on GPUs float16: `fused` (C, on the CPU) and `gpu` (Triton).
 """
 
+import functools
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +29,13 @@ __all__ = [
     "scale_gradient",
 ]
 
+FUSED_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+logger = logging.getLogger("bitwright")
+
 _reference_depth = 0
 
 
@@ -40,11 +50,25 @@ def reference_only() -> Iterator[None]:
         _reference_depth -= 1
 
 
-def fused_available() -> bool:
-    """Whether the fused CPU kernels could be built here (the first call builds them)."""
-    from bitwright.kernels.build import library
+def fused_available(device: torch.device | str = "cpu") -> bool:
+    """Whether the fused kernels of a device could be built here (the first call builds them, or says why not)."""
+    return _fused_works(torch.device(device))
 
-    return library() is not None
+
+@functools.cache
+def _fused_works(device: torch.device) -> bool:
+    if device.type == "cpu":
+        from bitwright.kernels.build import library
+
+        return library() is not None
+    if os.environ.get("BITWRIGHT_KERNELS", "") == "reference":
+        return False
+    try:
+        from bitwright.kernels import gpu
+    except ImportError:
+        logger.warning("bitwright: plain torch quantizes on %s, several times slower: triton is not installed", device)
+        return False
+    return gpu.works(device)
 
 
 def fake_quantize(
@@ -64,7 +88,7 @@ def fake_quantize(
     """
     rule = getattr(rounding, "kernel_rule", None)
     compiled = takes_traced(rule)
-    if rule is None or not (compiled or (takes_fused(x, scale, axis) and fused_available())):
+    if rule is None or not (compiled or (takes_fused(x, scale, axis) and fused_available(x.device))):
         return reference.fake_quantize(x, scale, zero, lo, hi, rounding, axis, count)
     scale, zeros, constant = scale.contiguous(), None, 0.0
     if isinstance(zero, Tensor):
@@ -93,8 +117,7 @@ def takes_fused(x: Tensor, scale: Tensor, axis: int = 0) -> bool:
     """Whether the fused kernels cover such tensors, here and now."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype in FUSED_DTYPES.get(x.device.type, ())
         and scale.dtype == torch.float32
         and not torch.compiler.is_compiling()
         and _reference_depth == 0

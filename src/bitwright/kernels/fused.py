@@ -38,6 +38,15 @@ LIBRARY.define(f"fake_quantize({ARGUMENTS}) -> Tensor")
 LIBRARY.define(f"fake_quantize_backward(Tensor g, {ARGUMENTS}) -> (Tensor, Tensor, Tensor?)")
 
 
+def geometry(x: Tensor, scale: Tensor, axis: int) -> tuple[int, int, int]:
+    """(rows, channels, columns): `x` lies in memory as rows that share a scale each, row r that of r % channels."""
+    channels, columns = scale.numel(), x.numel()
+    if channels > 1:
+        outer = axis + 1 if axis >= 0 else x.ndim + axis + 1
+        columns = x.numel() // x.shape[:outer].numel()
+    return x.numel() // columns, channels, columns
+
+
 def make_call(
     x: Tensor,
     scale: Tensor,
@@ -59,13 +68,10 @@ def make_call(
     zeros: both (1,) or both (x.shape[axis],), contiguous. All but x and seed (int64) are float32.
     Further: `reference.fake_quantize` and `KernelRule`.
     """
-    channels, columns = scale.numel(), x.numel()
-    if channels > 1:
-        outer = axis + 1 if axis >= 0 else x.ndim + axis + 1
-        columns = x.numel() // x.shape[:outer].numel()
+    rows, channels, columns = geometry(x, scale, axis)
     optional = (address(strength), address(rate), address(seed))
     pointers = (scale.data_ptr(), address(zeros), lo.data_ptr(), hi.data_ptr(), *optional)
-    sizes = (x.numel() // columns, channels, columns, count, rule, replaced_only)
+    sizes = (rows, channels, columns, count, rule, replaced_only)
     return Call(*pointers, zero, *sizes, torch.get_num_threads())
 
 
