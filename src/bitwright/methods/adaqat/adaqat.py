@@ -12,19 +12,15 @@ from torch import Tensor, nn
 from bitwright.constraints import Constraint
 from bitwright.costs import CostTable
 from bitwright.errors import BitwrightError
-from bitwright.layers import SharedInput
-from bitwright.methods.adaqat.cost import FLOAT_BITS, LayerCost, make_rows, meet_budget, parse_budget, total
+from bitwright.methods.adaqat.cost import LayerCost, make_rows, meet_budget, parse_budget, total
+from bitwright.methods.adaqat.groups import ROLES, learned_layers, make_group, pair_of
 from bitwright.methods.adaqat.rule import Width, curvatures, relative_update, update
 from bitwright.methods.base import Method
 from bitwright.methods.probe import forward_fast, untouched, unwrap
-from bitwright.prepare import quant_layers
-from bitwright.quantizer import Quantizer
-from bitwright.rules import matches, weight_layers
 from bitwright.spec import MAX_BITS
 
 GRANULARITIES = ("network", "layer")
 BUDGET_RULES = ("pid", "dual")
-ROLES = ("weight", "input")
 
 
 class AdaQAT(Method):
@@ -110,9 +106,9 @@ class AdaQAT(Method):
         self.freeze_after, self.warmup = freeze_after, warmup
         self.budget = parse_budget(budget)
         require(not self.budget or costs is not None, "costs", costs, "one record per layer, which a budget needs")
-        layers = self._learned_layers(list(fixed))
+        layers = learned_layers(self.model, list(fixed))
         named = [("network", list(layers))] if granularity == "network" else [(n, [n]) for n in layers]
-        self.groups = [self._group(name, members, layers, start) for name, members in named]
+        self.groups = [make_group(name, [layers[m] for m in members], start, floor) for name, members in named]
         index = {member: i for i, (_, members) in enumerate(named) for member in members}
         self.rows = [] if costs is None else make_rows(costs, self.model, index)
         self.shares = self._shares()
@@ -130,52 +126,6 @@ class AdaQAT(Method):
             width.apply()
             self.path.append((0, width.name, width.role, width.bits))
 
-    def _learned_layers(self, fixed: list[str]) -> dict[str, dict[str, list[Quantizer]]]:
-        """{layer: {"weight": quantizers, "input": quantizers}} of every layer that no pattern fixes."""
-        found = quant_layers(self.model)
-        ordered = weight_layers(self.model)
-        ends = {"first": ordered[0], "last": ordered[-1]} if ordered else {}
-        for pattern in fixed:
-            if not any(matches(pattern, n, m, ends) for n, m in self.model.named_modules()):
-                raise BitwrightError(f"adaqat: fixed: {pattern!r} names no layer of the model")
-        learned: dict[str, dict[str, list[Quantizer]]] = {}
-        for name, layer in found.items():
-            if any(matches(p, name, layer, ends) for p in fixed):
-                continue
-            if isinstance(getattr(layer, "input_quantizer", None), SharedInput):
-                raise BitwrightError(
-                    f"adaqat: {name} shares the quantizer of its input with a sum, whose bits are nobody's to learn; "
-                    "use topology: res8 or fpres"
-                )
-            quantizers = layer.quantizers()
-            roles = {
-                "weight": [q for slot, q in quantizers.items() if slot in layer.weight_slots],
-                "input": [q for slot, q in quantizers.items() if slot not in layer.weight_slots],
-            }
-            if roles["weight"] or roles["input"]:
-                learned[name] = roles
-        if not learned:
-            raise BitwrightError("adaqat: no quantized layer is left to learn; prepare the model, or fix fewer layers")
-        return learned
-
-    def _group(
-        self, name: str, members: list[str], layers: dict[str, dict[str, list[Quantizer]]], start: float | None
-    ) -> dict[str, Width]:
-        """The widths of one group by role; a role without quantizers is absent."""
-        group = {}
-        for role in ROLES:
-            found = [q for member in members for q in layers[member][role]]
-            if not found:
-                continue
-            bits = {int(q.bits.item()) for q in found}
-            if start is None and (len(bits) > 1 or min(bits) < self.floor):
-                raise BitwrightError(
-                    f"adaqat: {name}: {role} bits are {sorted(bits)} by the rules; with start=None they must be alike "
-                    f"and at least {self.floor}"
-                )
-            group[role] = Width(name, role, found, float(start if start is not None else bits.pop()))
-        return group
-
     def _shares(self) -> list[float]:
         """Each group's share of the MACs that are learned."""
         macs = [float(sum(r.macs for r in self.rows if r.group == i)) for i in range(len(self.groups))]
@@ -188,7 +138,7 @@ class AdaQAT(Method):
         for i, group in enumerate(self.groups):
             if self.budget and i not in charged:
                 raise BitwrightError(f"adaqat: costs has no record of {next(iter(group.values())).name!r}")
-        least = [self._pair(group, self.floor) for group in self.groups]
+        least = [pair_of(group, self.floor) for group in self.groups]
         for kind, limit in self.budget.items():
             if (cost := total(self.rows, kind, least)) > limit:
                 raise BitwrightError(
@@ -196,19 +146,13 @@ class AdaQAT(Method):
                     f"it is {cost:g}"
                 )
 
-    @staticmethod
-    def _pair(group: dict[str, Width], bits: int | None = None) -> tuple[int, int]:
-        """(weight bits, input bits) of a group, now or with every learned width at `bits`; 32 where float."""
-        w, a = (FLOAT_BITS if r not in group else (bits or group[r].bits) for r in ROLES)
-        return w, a
-
     def widths(self) -> list[Width]:
         """Every learned width: by group, weights before inputs."""
         return [w for group in self.groups for w in group.values()]
 
     def cost(self, kind: str) -> float:
         """ "bitops" or "size" (bytes) of the whole network at the present bits."""
-        return total(self.rows, kind, [self._pair(g) for g in self.groups])
+        return total(self.rows, kind, [pair_of(g) for g in self.groups])
 
     def after_step(self, step: Any) -> None:
         self._loaded = []
@@ -233,7 +177,7 @@ class AdaQAT(Method):
         self._drive()
         if not all(math.isfinite(v) for v in losses):
             return
-        pair = self._pair(group)
+        pair = pair_of(group)
         slopes = [self._slope(index, w, pair) for w in moving]
         for width, probe, bits in zip(moving, losses[1:], probed, strict=True):
             width.observe(losses[0], probe, bits)
@@ -262,7 +206,7 @@ class AdaQAT(Method):
         """What one bit of `width` costs: the other operand's bits, or lambda times the share of the budgets."""
         if not self.budget:
             return float(pair[1] if width.role == "weight" else pair[0])
-        now = [self._pair(g) for g in self.groups]
+        now = [pair_of(g) for g in self.groups]
         less = list(now)
         less[index] = (pair[0] - 1, pair[1]) if width.role == "weight" else (pair[0], pair[1] - 1)
         gaps = {k: total(self.rows, k, now) - total(self.rows, k, less) for k in self.budget}
@@ -307,7 +251,7 @@ class AdaQAT(Method):
 
     def _finish(self) -> None:
         """Freeze everything; with a budget, at the nearest assignment that meets it."""
-        pairs = [self._pair(g) for g in self.groups]
+        pairs = [pair_of(g) for g in self.groups]
         if self.budget:
             pairs = meet_budget(self.rows, pairs, self._curvatures(), self.budget, self.floor)
         for group, pair in zip(self.groups, pairs, strict=True):
