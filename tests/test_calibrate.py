@@ -1,12 +1,15 @@
 """`calibrate`: real statistics, once, without a trace elsewhere."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import bitwright as bw
 from bitwright.calibrate import Collector
-from bitwright.grids import Shape
+from bitwright.grids import Shape, Stats
+from bitwright.grids.lsq import lsq_initial_scale
 from bitwright.rules import Rule
 
 
@@ -31,6 +34,7 @@ def test_scales_come_from_the_float_models_own_tensors():
     model, batches = net(), [torch.randn(2, 3, 6, 6) for _ in range(3)]
     model.eval()
     with torch.no_grad():
+        model[1].running_mean.fill_(0.1)  # as if trained
         inner = [model[:3](b) for b in batches]
     bw.calibrate(bw.prepare(model, bw.rules("w4a2", ends=4)), [(b, "target") for b in batches])
     expected = 2 * torch.stack([t.abs().mean() for t in inner]).mean() / 3**0.5
@@ -101,3 +105,28 @@ def test_a_layer_whose_weights_are_read_around_it_is_named():
     model = bw.prepare(Around(), [Rule(match="fc", weight=bw.QuantizerSpec(bits=4))])
     bw.calibrate(model, [torch.rand(2, 3)])
     assert bw.coverage(model, torch.rand(2, 3)).missed == ("fc.weight_quantizer",)
+
+
+def test_norms_that_were_never_trained_normalise_by_the_batch():
+    """Scales are those of training's first step, not of signals that shrink with untrained statistics."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
+    net, x = nn.Sequential(*layers), torch.randn(8, 3, 8, 8) * 1e-3
+    nn.init.zeros_(net[0].bias)
+    seen = net[:3].train()(x)
+    for norm in (net[1], net[4]):
+        norm.reset_running_stats()
+    before = copy.deepcopy(net.state_dict())
+    bw.prepare(net, bw.rules("w4a4", ends=None))
+    bw.calibrate(net, [x])
+    stats = Stats.of(seen.reshape(1, -1))
+    quantizer = net[3].input_quantizer
+    expected = lsq_initial_scale(stats.mean_abs, quantizer.codes)
+    torch.testing.assert_close(quantizer.grid.effective_scale(), expected)
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
+    # One row says nothing of a batch; a norm that was trained keeps its statistics.
+    bw.calibrate(net, [x[:1]])
+    small = quantizer.grid.effective_scale().item()
+    net[1].running_var.fill_(0.5)
+    bw.calibrate(net, [x])
+    assert max(small, quantizer.grid.effective_scale().item()) < expected.item() / 100

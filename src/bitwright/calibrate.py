@@ -77,6 +77,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def untrained_norms(model: nn.Module) -> list[Any]:
+    """Batch norms whose running statistics are still those of their making: mean 0, variance 1."""
+
+    def fresh(m: Any) -> bool:
+        if not isinstance(m, nn.modules.batchnorm._BatchNorm) or m.running_mean is None or m.running_var is None:
+            return False
+        return not bool(m.num_batches_tracked) and not bool(m.running_mean.any()) and bool((m.running_var == 1).all())
+
+    return [m for m in model.modules() if fresh(m)]
+
+
+@contextmanager
+def on_batch_statistics(norms: list[Any]) -> Iterator[None]:
+    """Batch norms in evaluation mode normalise by the batch for a while, and record nothing."""
+    kept = [(m, m.running_mean, m.running_var) for m in norms]
+    for module in norms:
+        module.running_mean = module.running_var = None
+    try:
+        yield
+    finally:
+        for module, mean, variance in kept:
+            module.running_mean, module.running_var = mean, variance
+
+
 def batch_inputs(batch: Any) -> Tensor:
     """The input of a batch that may be a tensor or an (input, target, ...) sequence."""
     return batch[0] if isinstance(batch, tuple | list) else batch
@@ -91,8 +115,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> nn.
     """Set signedness, scales and offsets of every quantizer from the float model's own tensors.
 
     The model runs in evaluation mode without gradient and with all quantizers bypassed; norm statistics and
-    weights are untouched. Weight quantizers take the present weights. Scales set earlier are overwritten, so
-    do not call it after loading a quantized checkpoint.
+    weights are untouched. Batch norms that were never trained normalise by the batch (of 2 or more), as they will in
+    training: with their initial statistics signals would shrink or grow from layer to layer, and scales with them.
+    Weight quantizers take the present weights. Scales set earlier are overwritten, so do not call it after loading
+    a quantized checkpoint.
 
     Args:
         model: prepared by `prepare`.
@@ -112,8 +138,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> nn.
     set_bypass(found.values(), True)
     try:
         with evaluating(model), torch.no_grad():
+            fresh = untrained_norms(model)
             for batch in batches:
-                model(batch_inputs(batch).to(device_of(model)))
+                x = batch_inputs(batch).to(device_of(model))
+                with on_batch_statistics(fresh if len(x) > 1 else []):
+                    model(x)
                 count += 1
     finally:
         set_bypass(found.values(), False)

@@ -335,6 +335,11 @@ def test_refusals_are_one_line():
         freeze(model, x)
     bw.calibrate(model, [x])
     with torch.no_grad():
+        model[0].input_quantizer.grid.scale.fill_(torch.nan)
+    with pytest.raises(BitwrightError, match=r"0\.input_quantizer: its scale is NaN or infinite; training diverged"):
+        snap_biases(model, x)
+    bw.calibrate(model, [x])
+    with torch.no_grad():
         model[0].weight[0, 0] = torch.nan
     with pytest.raises(BitwrightError, match="0: the weight or its scale holds NaN"):
         freeze(model, x)

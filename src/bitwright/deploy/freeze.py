@@ -102,13 +102,15 @@ def freeze(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def check_ready(model: nn.Module) -> None:
-    """Raise BitwrightError unless `model` has quantizers and each is calibrated."""
+    """Raise BitwrightError unless `model` has quantizers and each is calibrated, with finite scales."""
     found = quantizers(model)
     if not found:
         raise BitwrightError("the model has no quantizers; call bitwright.prepare first")
     for name, quantizer in found.items():
         if not bool(quantizer.calibrated.item()):
             raise BitwrightError(f"{name} is not calibrated; call bitwright.calibrate(model, batches) first")
+        if not all(bool(p.isfinite().all()) for p in quantizer.grid.parameters()):
+            raise BitwrightError(f"{name}: its scale is NaN or infinite; training diverged, so nothing can be deployed")
 
 
 @dataclass(frozen=True)
