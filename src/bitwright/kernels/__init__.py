@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from bitwright.kernels import reference, traced
+from bitwright.kernels import deferred, fused, reference, traced
+from bitwright.kernels.deferred import Deferred
 from bitwright.kernels.reference import EPS, KernelRule, Rounding, scale_gradient
 from bitwright.kernels.sources import Source, keep_sources, remember
 
@@ -76,9 +77,11 @@ def fake_quantize(
     if compiled:
         numbers = (constant, axis, count, rule.name, rule.replaced_only)
         return torch.ops.bitwright.traced_fake_quantize.default(*tensors, *numbers)
-    from bitwright.kernels import fused
-
     numbers = (constant, axis, count, fused.RULES[rule.name], rule.replaced_only)
+    if isinstance(x, Deferred):
+        y = deferred.quantize(x, *tensors[1:], *numbers)
+        if y is not None:
+            return y
     y = torch.ops.bitwright.fake_quantize.default(*tensors, *numbers)
     return remember(y, Source(*tensors, *numbers))
 
@@ -92,7 +95,7 @@ def takes_traced(rule: KernelRule | None) -> bool:
 def takes_fused(x: Tensor, scale: Tensor, axis: int = 0) -> bool:
     """Whether the fused kernels cover such tensors, here and now."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        type(x) in (Tensor, torch.nn.Parameter, Deferred)
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and scale.dtype == torch.float32
@@ -101,6 +104,20 @@ def takes_fused(x: Tensor, scale: Tensor, axis: int = 0) -> bool:
         and x.numel() > 0
         and (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)))
         and (scale.numel() == 1 or in_rows(x, axis % x.ndim))
+    )
+
+
+def takes_norm(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether a batch norm of `x` in training may wait for its reader (`bitwright.kernels.deferred`)."""
+    return (
+        weight is not None
+        and type(x) is Tensor
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        and takes_fused(x, weight)
+        and x.is_contiguous()
+        and x.numel() > x.shape[1]
+        and fused_available()
     )
 
 

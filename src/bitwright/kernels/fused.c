@@ -171,6 +171,26 @@ INLINE float clip(float v, const Row *p) {
         sums[1] = dz;                                                                                                \
     }
 
+/* The same for a rule that is known at run time only. */
+#define BACKWARD_PIECE(T)                                                                                            \
+    static void backward_piece_##T(const T *g, const T *x, T *dx, uint32_t at, int64_t n, double *sums, const Row p, \
+                                   int rule, int masked) {                                                           \
+        if (rule == CLIPPED_STE) backward_block_##T(g, x, dx, at, n, sums, p, CLIPPED_STE, 0);                       \
+        else if (rule == STE) backward_block_##T(g, x, dx, at, n, sums, p, STE, 0);                                  \
+        else if (rule == DSQ) backward_block_##T(g, x, dx, at, n, sums, p, DSQ, 0);                                  \
+        else if (rule == EWGS && masked) backward_block_##T(g, x, dx, at, n, sums, p, EWGS, 1);                      \
+        else if (rule == EWGS) backward_block_##T(g, x, dx, at, n, sums, p, EWGS, 0);                                \
+        else if (masked) backward_block_##T(g, x, dx, at, n, sums, p, SCALAR, 1);                                    \
+        else backward_block_##T(g, x, dx, at, n, sums, p, SCALAR, 0);                                                \
+    }
+
+/* Gradients of a channel's scale (of LSQ's parameter, if it is one) and zero from the sums of `backward_block`. */
+static void scale_gradients(const Call *q, int64_t c, double of_scale, double of_zero, float *dscale, float *dzeros) {
+    const double raw = q->scale[c], sign = raw > 0 ? 1.0 : raw < 0 ? -1.0 : 0.0;
+    dscale[c] = (float)(q->count ? of_scale * sign / sqrt((double)q->count * *q->hi) : of_scale);
+    if (dzeros) dzeros[c] = (float)(of_zero * scale_of(q, c));
+}
+
 /* Parts are added in a fixed order, whatever the number of threads. 0, or 1 where there is no memory. */
 #define BACKWARD(T)                                                                                                  \
     INLINE double sum_abs_##T(const T *g, int64_t n) {                                                               \
@@ -201,15 +221,7 @@ INLINE float clip(float v, const Row *p) {
                 }                                                                                                    \
                 const Row p = make_row(q, row, mean);                                                                \
                 double *out = sums + 2 * job;                                                                        \
-                const T *gb = g + at, *xb = x + at;                                                                  \
-                const uint32_t i = (uint32_t)at;                                                                     \
-                if (rule == CLIPPED_STE) backward_block_##T(gb, xb, dx + at, i, n, out, p, CLIPPED_STE, 0);          \
-                else if (rule == STE) backward_block_##T(gb, xb, dx + at, i, n, out, p, STE, 0);                     \
-                else if (rule == DSQ) backward_block_##T(gb, xb, dx + at, i, n, out, p, DSQ, 0);                     \
-                else if (rule == EWGS && masked) backward_block_##T(gb, xb, dx + at, i, n, out, p, EWGS, 1);         \
-                else if (rule == EWGS) backward_block_##T(gb, xb, dx + at, i, n, out, p, EWGS, 0);                   \
-                else if (masked) backward_block_##T(gb, xb, dx + at, i, n, out, p, SCALAR, 1);                       \
-                else backward_block_##T(gb, xb, dx + at, i, n, out, p, SCALAR, 0);                                   \
+                backward_piece_##T(g + at, x + at, dx + at, (uint32_t)at, n, out, p, rule, masked);                  \
             }                                                                                                        \
             if (pass == 0) {                                                                                         \
                 for (int64_t job = 0; job < jobs; job++) mean += sums[2 * job];                                      \
@@ -221,11 +233,8 @@ INLINE float clip(float v, const Row *p) {
             totals[2 * ((job / blocks) % q->channels)] += sums[2 * job];                                             \
             totals[2 * ((job / blocks) % q->channels) + 1] += sums[2 * job + 1];                                     \
         }                                                                                                            \
-        for (int64_t c = 0; c < q->channels; c++) {                                                                  \
-            const double raw = q->scale[c], sign = raw > 0 ? 1.0 : raw < 0 ? -1.0 : 0.0;                             \
-            dscale[c] = (float)(q->count ? totals[2 * c] * sign / sqrt((double)q->count * *q->hi) : totals[2 * c]);  \
-            if (dzeros) dzeros[c] = (float)(totals[2 * c + 1] * scale_of(q, c));                                     \
-        }                                                                                                            \
+        for (int64_t c = 0; c < q->channels; c++)                                                                    \
+            scale_gradients(q, c, totals[2 * c], totals[2 * c + 1], dscale, dzeros);                                 \
         free(sums);                                                                                                  \
         return 0;                                                                                                    \
     }
@@ -233,7 +242,9 @@ INLINE float clip(float v, const Row *p) {
 #define f32 float
 FORWARD(f32)
 BACKWARD_BLOCK(f32)
+BACKWARD_PIECE(f32)
 BACKWARD(f32)
 FORWARD(bf16)
 BACKWARD_BLOCK(bf16)
+BACKWARD_PIECE(bf16)
 BACKWARD(bf16)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bitwright.kernels.norm import Norm, forward
+
 
 class Source(NamedTuple):
     """The arguments of one `bitwright::fake_quantize`. All of them live on anyway: its own backward keeps them."""
@@ -30,7 +32,22 @@ class Source(NamedTuple):
             return torch.ops.bitwright.fake_quantize.default(*self)
 
 
-def remember(y: Tensor, source: Source) -> Tensor:
+class NormSource(NamedTuple):
+    """The same for a quantized batch norm of x, behind relu or not; see `bitwright.kernels.norm.forward`."""
+
+    x: Tensor
+    norm: Norm
+    relu: bool
+    quantizer: tuple[Any, ...]
+
+    def quantize(self) -> Tensor:
+        """The quantized tensor once more, to the last bit."""
+        _, y = forward(self.x, self.norm, None, self.relu, self.quantizer, False)
+        assert y is not None
+        return y
+
+
+def remember(y: Tensor, source: Source | NormSource) -> Tensor:
     """Note on `y` what it was made from. The note is lost with any further operation on `y`, as it must be."""
     y.bitwright_source = source  # pyright: ignore[reportAttributeAccessIssue]
     return y
@@ -56,6 +73,6 @@ def keep_sources(*quantized: Tensor) -> AbstractContextManager[Any]:
         return source if (t.shape, t.stride(), t.dtype) == (shape, stride, dtype) else t
 
     def unpack(kept: Any) -> Tensor:
-        return kept.quantize() if isinstance(kept, Source) else kept
+        return kept if isinstance(kept, Tensor) else kept.quantize()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

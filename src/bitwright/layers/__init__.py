@@ -9,6 +9,7 @@ from bitwright.layers.attention import QuantMultiheadAttention, scaled_dot_produ
 from bitwright.layers.base import QuantLayer
 from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
 from bitwright.layers.linear import QuantEmbedding, QuantLinear
+from bitwright.layers.norm import defer_norms
 from bitwright.layers.output import (
     OUTPUT,
     SharedInput,
@@ -34,6 +35,7 @@ __all__ = [
     "SharedInput",
     "attach_output",
     "candidates",
+    "defer_norms",
     "detach_output",
     "has_output",
     "is_quantized",
