@@ -2,13 +2,14 @@
 
 In training a batch norm gives a `Deferred`, a tensor without memory that knows what it would hold. Relu and the
 addition of a tensor keep it waiting; a quantizer reads the norm's own input; anything else that touches it, in
-Python or in C++, gets its values, computed then and kept. Autograd sees ordinary operators until a quantizer joins
-them: its node gives the gradients of all, for the quantized values and for other readers of the same tensor.
+Python or in C++, gets its values, computed then and kept. For autograd it is the output of one node (`Joined`) which
+has the gradients of everything so far, and which a quantizer replaces by one with the quantized values as well.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
@@ -30,22 +31,27 @@ class Pending:
     def __init__(self, x: Tensor, norm: Norm, other: Tensor | None = None, relu: bool = False):
         self.x, self.norm, self.other, self.relu = x, norm, other, relu
         self.value: Tensor | None = None
-        self.versions = self.present()
+        self.note_versions()
 
-    def present(self) -> list[int]:
-        """Versions of the tensors that values are computed from."""
-        return [t._version for t in (self.x, plain(self.other)) if t is not None]
+    def sources(self) -> list[Tensor]:
+        """What the values, or their gradients, are computed from."""
+        return [t for t in (self.x, plain(self.other), self.value) if t is not None]
+
+    def note_versions(self) -> None:
+        """From now on nothing may be written to the sources."""
+        self.versions = [t._version for t in self.sources()]
 
     def check(self) -> None:
-        """Raise BitwrightError where such a tensor was written to; autograd refuses that too, if later."""
-        if self.present() != self.versions:
-            raise BitwrightError("the input of a batch norm was changed in place before its output was read")
+        """Raise BitwrightError where something was; autograd refuses that as well."""
+        if [t._version for t in self.sources()] != self.versions:
+            raise BitwrightError("a tensor that a batch norm's output is computed from was changed in place")
 
     def read(self) -> Tensor:
         """The values."""
         if self.value is None:
             self.check()
             self.value, _ = norms.forward(self.x, self.norm, plain(self.other), self.relu, None, True)
+            self.note_versions()
             assert self.value is not None
         return self.value
 
@@ -54,7 +60,6 @@ class Deferred(Tensor):
     """A tensor of `pending`'s shape and type without memory of its own; see the module's text."""
 
     pending: Pending
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     @staticmethod
     def __new__(cls, pending: Pending) -> "Deferred":
@@ -64,15 +69,33 @@ class Deferred(Tensor):
         return made
 
     @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Above autograd: relu, whose own node would keep the values."""
+        with torch._C.DisableTorchFunctionSubclass():
+            joined = RELUS[func](args[0]) if func in RELUS else None
+            return func(*args, **(kwargs or {})) if joined is None else joined
+
+    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Below autograd: everything else."""
         waiting = WAITING[func](*args, **(kwargs or {})) if func in WAITING else None
         if waiting is not None:
             return waiting
         return func(*tree_map_only(Deferred, plain, args), **tree_map_only(Deferred, plain, kwargs or {}))
 
+    # What looks past torch's operators.
+
     def detach(self) -> Tensor:
-        """The values; code that detaches is about to look at them, maybe past torch's operators."""
         return self.pending.read().detach()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return super().numpy(force=force) if self.requires_grad and not force else self.detach().numpy()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.pending.read().untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.pending.read().data_ptr()
 
     def __repr__(self, **options: Any) -> str:
         return repr(self.detach())
@@ -83,29 +106,32 @@ def plain(t: Any) -> Any:
     return t.pending.read() if isinstance(t, Deferred) else t
 
 
-def waits(t: Any) -> bool:
-    """Whether `t` is a deferred norm that nobody has read, with neither addition nor relu yet."""
-    return isinstance(t, Deferred) and t.pending.value is None and t.pending.other is None and not t.pending.relu
+def watched(t: Deferred) -> bool:
+    """Whether somebody wants the gradient of `t` as it is now."""
+    return bool(t._backward_hooks) or t.retains_grad
 
 
-def relu(t: Deferred) -> Deferred | None:
+def relu(t: Deferred) -> Tensor | None:
     """Relu of what waits; None where it does not."""
     p = t.pending
-    return Deferred(Pending(p.x, p.norm, p.other, True)) if p.value is None else None
+    return None if p.value is not None else join(Deferred(Pending(p.x, p.norm, p.other, True)))
 
 
-def relu_(t: Deferred) -> Deferred | None:
+def relu_(t: Deferred) -> Tensor | None:
     """The same in place."""
-    if t.pending.value is None:
-        t.pending.relu = True
-        return t
-    return None
+    if t.pending.value is not None or watched(t) or not torch.is_grad_enabled():
+        return None
+    t.pending.relu = True
+    return join(t)
 
 
 def addable(t: Any, other: Any, alpha: float) -> bool:
-    """Whether `t` waits and `other` can be added by the same pass."""
+    """Whether `t` waits with neither addition nor relu yet, and `other` can be added by the same pass."""
     return (
-        waits(t)
+        isinstance(t, Deferred)
+        and t.pending.value is None
+        and t.pending.other is None
+        and not t.pending.relu
         and isinstance(other, Tensor)
         and alpha == 1
         and (other.shape, other.stride(), other.dtype) == (t.shape, t.stride(), t.dtype)
@@ -125,45 +151,27 @@ def add_(a: Any, b: Any, *, alpha: float = 1) -> Deferred | None:
     if not addable(a, b, alpha):
         return None
     a.pending.other = b
-    a.pending.versions = a.pending.present()
+    a.pending.note_versions()
     return a
 
 
-def alias(t: Deferred) -> Deferred:
-    """The same tensor without gradient, as autograd keeps it."""
-    return Deferred(t.pending)
-
-
+RELUS = {
+    **dict.fromkeys((torch.relu, Tensor.relu, F.relu), relu),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), relu_),
+}
 WAITING = {
-    aten.relu.default: relu,
-    aten.relu_.default: relu_,
     aten.add.Tensor: add,
     aten.add_.Tensor: add_,
-    aten.detach.default: alias,
+    aten.detach.default: lambda t: Deferred(t.pending),  # how autograd keeps a node's output
 }
 
 
-class Defer(torch.autograd.Function):
-    """A batch norm with a deferred output; its own gradient, for readers that are no quantizers."""
+class Joined(torch.autograd.Function):
+    """Norm, addition, relu and quantization as one node; the deferred tensor becomes its output.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: Norm) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, norm.mean, norm.invstd)
-        return Deferred(Pending(x, norm))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, *norm = ctx.saved_tensors
-        made = norms.backward(None, plain(g), x, None, Norm(*norm), False, None)
-        return made.x, made.weight, made.bias, None
-
-
-class NormQuantize(torch.autograd.Function):
-    """The values of a deferred tensor, quantized; the tensor itself becomes the second output.
-
-    Arguments: the tensor, its pending norm's input, gain and bias, what is added (or None), scale and zeros (or
-    None) of the quantizer, the pending norm, and the further arguments of `bitwright::fake_quantize`.
+    Arguments: the tensor, the norm's input, gain and bias, what is added (or None), scale and zeros (or None) of the
+    quantizer, what is pending, and the further arguments of `bitwright::fake_quantize`; without these: no quantizer,
+    and the quantized values are None.
     """
 
     @staticmethod
@@ -174,37 +182,56 @@ class NormQuantize(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         other: Tensor | None,
-        scale: Tensor,
+        scale: Tensor | None,
         zeros: Tensor | None,
         pending: Pending,
         *rest: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.mark_dirty(tensor)
         ctx.set_materialize_grads(False)
-        quantizer = (scale, zeros, *rest)
-        # A sum has another reader nearly always; and its second operand need not be kept when its value is.
-        pending.value, y = norms.forward(x, pending.norm, plain(other), pending.relu, quantizer, other is not None)
-        ctx.save_for_backward(x, pending.value, weight, bias, *pending.norm[2:], *quantizer[:7])
-        ctx.relu, ctx.numbers = pending.relu, quantizer[7:]
-        assert y is not None
-        return y, tensor
+        y = None
+        if rest:
+            # A sum has another reader nearly always; and its second operand need not be kept when its value is.
+            keep = other is not None
+            quantizer = (scale, zeros, *rest)
+            pending.value, y = norms.forward(x, pending.norm, plain(other), pending.relu, quantizer, keep)
+            pending.note_versions()
+        ctx.save_for_backward(x, weight, bias, *pending.norm[2:], pending.value, scale, zeros, *rest[:5])
+        ctx.pending, ctx.relu, ctx.added, ctx.numbers = pending, pending.relu, other is not None, rest[5:]
+        return tensor, y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gy: Tensor | None, gz: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        x, z, *rest = ctx.saved_tensors
-        norm, quantizer = Norm(*rest[:4]), (*rest[4:], *ctx.numbers)
-        gy = torch.zeros_like(x) if gy is None else gy
+    def backward(ctx: Any, gz: Tensor | None, gy: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x, weight, bias, mean, invstd, z, *tensors = ctx.saved_tensors
+        if gz is None and gy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        norm = Norm(weight, bias, mean, invstd)
+        quantizer = (*tensors, *ctx.numbers) if ctx.numbers else None
+        if quantizer and gy is None:
+            gy = torch.zeros_like(x)
+        if ctx.added and z is None:
+            ctx.pending.check()
+            z = ctx.pending.read()
         made = norms.backward(gy, plain(gz), x, z, norm, ctx.relu, quantizer)
-        return None, made.x, made.weight, made.bias, made.other, made.scale, made.zeros, *[None] * 12
+        grads = (None, made.x, made.weight, made.bias, made.other, made.scale, made.zeros)
+        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
+
+
+def join(tensor: Deferred, *quantizer: Any) -> Any:
+    """Make `tensor` the output of a node of its own; returns it, or with a quantizer's arguments: it, quantized."""
+    p = tensor.pending
+    tensor.detach_()  # the new node has the gradients of everything that its history had
+    scale, zeros, *rest = quantizer or (None, None)
+    _, y = Joined.apply(tensor, p.x, p.norm.weight, p.norm.bias, p.other, scale, zeros, p, *rest)  # pyright: ignore
+    return y if quantizer else tensor
 
 
 def batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, eps: float, momentum: float
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` in training, deferred; arguments: see `bitwright.kernels.norm.measure`."""
-    norm = norms.measure(x, weight, bias, running, eps, momentum)
-    return Defer.apply(x, weight, bias, norm)  # pyright: ignore[reportReturnType]
+    return join(Deferred(Pending(x, norms.measure(x, weight, bias, running, eps, momentum))))
 
 
 def quantize(tensor: Deferred, scale: Tensor, zeros: Tensor | None, *rest: Any) -> Tensor | None:
@@ -213,13 +240,10 @@ def quantize(tensor: Deferred, scale: Tensor, zeros: Tensor | None, *rest: Any) 
     scale, zeros and rest: the arguments of `bitwright::fake_quantize` behind its first.
     """
     p = tensor.pending
-    watched = tensor._backward_hooks or tensor.retains_grad
-    if p.value is not None or watched or scale.numel() > 1 or not torch.is_grad_enabled():
+    if p.value is not None or watched(tensor) or scale.numel() > 1 or not torch.is_grad_enabled():
         return None
     p.check()
-    tensor.detach_()  # its history so far is not used: the node below has the gradients of all of it
-    inputs = (p.x, p.norm.weight, p.norm.bias, p.other)
-    y, _ = NormQuantize.apply(tensor, *inputs, scale, zeros, p, *rest)  # pyright: ignore
+    y = join(tensor, scale, zeros, *rest)
     if p.value is None:
         return remember(y, NormSource(p.x, p.norm, p.relu, (scale, zeros, *rest)))
     return remember(y, Source(p.value, scale, zeros, *rest))

@@ -86,8 +86,8 @@ INLINE float shift(const Norm *m, int64_t c) { return m->bias[c] - m->mean[c] * 
     }
 
 #define BACKWARD_NORM(T)                                                                                             \
-    /* d becomes the gradient of the norm's output: d (if `made`) plus g (if `given`), 0 where relu has z <= 0. Adds \
-       to sums[0] these gradients, to sums[1] their products with x - mean. At most 1024 elements. */                \
+    /* d becomes the gradient of the norm's output: d (if `made`) plus g (if `given`), 0 where relu has z <= 0; it is\
+       left alone where that is g. Adds to sums[0] these gradients, to sums[1] their products with x - mean. */      \
     INLINE void merge_block_##T(const T *restrict g, const T *restrict x, const T *restrict z, T *restrict d,        \
                                 int64_t n, float mean, double *sums, int made, int given, int relu) {                \
         float total = 0.0f, product = 0.0f;                                                                          \
@@ -95,7 +95,7 @@ INLINE float shift(const Norm *m, int64_t c) { return m->bias[c] - m->mean[c] * 
             float v = made ? load_##T(d + i) : load_##T(g + i);                                                      \
             if (made && given) v = round_##T(v + load_##T(g + i));                                                   \
             if (relu) v = keep_if(!(load_##T(z + i) <= 0.0f), v);                                                    \
-            if (made && (given || relu)) store_##T(d + i, v);                                                        \
+            if (relu || (made && given)) store_##T(d + i, v);                                                        \
             total += v;                                                                                              \
             product += v * (load_##T(x + i) - mean);                                                                 \
         }                                                                                                            \
@@ -103,8 +103,9 @@ INLINE float shift(const Norm *m, int64_t c) { return m->bias[c] - m->mean[c] * 
         sums[1] += product;                                                                                          \
     }                                                                                                                \
     static void merge_piece_##T(const T *g, const T *x, const T *z, T *d, int64_t n, float mean, double *sums,       \
-                                int relu) {                                                                          \
-        if (!d) merge_block_##T(g, x, z, d, n, mean, sums, 0, 1, 0);                                                 \
+                                int made, int relu) {                                                                \
+        if (!made && relu) merge_block_##T(g, x, z, d, n, mean, sums, 0, 1, 1);                                      \
+        else if (!made) merge_block_##T(g, x, z, d, n, mean, sums, 0, 1, 0);                                         \
         else if (g && relu) merge_block_##T(g, x, z, d, n, mean, sums, 1, 1, 1);                                     \
         else if (g) merge_block_##T(g, x, z, d, n, mean, sums, 1, 1, 0);                                             \
         else if (relu) merge_block_##T(g, x, z, d, n, mean, sums, 1, 0, 1);                                          \
@@ -115,9 +116,9 @@ INLINE float shift(const Norm *m, int64_t c) { return m->bias[c] - m->mean[c] * 
         _Pragma("omp simd") for (int64_t i = 0; i < n; i++)                                                          \
             store_##T(dx + i, (load_##T(d + i) - (load_##T(x + i) - mean) * slope - offset) * alpha);                \
     }                                                                                                                \
-    /* gy: gradient of the quantized values, or NULL (then `q` is, and there is no relu); gz: of the values before   \
-       that, or NULL. z: these values, or NULL: norm and relu of x. d: where their gradient goes (unused without gy; \
-       may be dx). 0, or 1 where there is no memory. */                                                              \
+    /* gy: gradient of the quantized values, or NULL (then `q` is); gz: of the values before that, or NULL (if gy is \
+       not). z: these values, or NULL: norm and relu of x. d: where their gradient goes if it is not gz; may be dx.  \
+       0, or 1 where there is no memory. */                                                                          \
     int backward_norm_##T(const Norm *m, const Call *q, const T *gy, const T *gz, const T *x, const T *z, T *d,      \
                           T *dx, float *dweight, float *dbias, float *dscale, float *dzeros) {                       \
         const int masked = q && q->rate && *q->rate < 1.0f, rule = q ? (int)q->rule : STE;                           \
@@ -135,14 +136,14 @@ INLINE float shift(const Norm *m, int64_t c) { return m->bias[c] - m->mean[c] * 
             for (int64_t from = 0; from < m->columns; from += PIECE) {                                               \
                 const int64_t at = r * m->columns + from, left = m->columns - from, n = left < PIECE ? left : PIECE; \
                 const T *value = z ? z + at : kept;                                                                  \
-                if (gy && !z) norm_piece_##T(m, c, x + at, NULL, kept, n);                                           \
+                if ((gy || m->relu) && !z) norm_piece_##T(m, c, x + at, NULL, kept, n);                              \
                 if (gy) {                                                                                            \
                     backward_piece_##T(gy + at, value, d + at, (uint32_t)at, n, of_scale, p, rule, masked);          \
                     sums[2] += of_scale[0];                                                                          \
                     sums[3] += of_scale[1];                                                                          \
                 }                                                                                                    \
                 const T *given = gz ? gz + at : NULL;                                                                \
-                merge_piece_##T(given, x + at, value, gy ? d + at : NULL, n, m->mean[c], sums, (int)m->relu);        \
+                merge_piece_##T(given, x + at, value, d + at, n, m->mean[c], sums, gy != NULL, (int)m->relu);        \
             }                                                                                                        \
         }                                                                                                            \
         for (int64_t r = 0; r < rows; r++) {                                                                         \
@@ -157,7 +158,8 @@ INLINE float shift(const Norm *m, int64_t c) { return m->bias[c] - m->mean[c] * 
             const double *of = parts + 4 * c;                                                                        \
             const float slope = (float)(of[1] * m->invstd[c] * m->invstd[c] / count);                                \
             const float offset = (float)(of[0] / count), alpha = gain(m, c), mean = m->mean[c];                      \
-            norm_gradient_##T((gy ? d : gz) + at, x + at, dx + at, m->columns, mean, slope, offset, alpha);          \
+            const T *source = gy || m->relu ? d : gz;                                                                \
+            norm_gradient_##T(source + at, x + at, dx + at, m->columns, mean, slope, offset, alpha);                 \
         }                                                                                                            \
         for (int64_t c = 0; c < m->channels; c++) {                                                                  \
             dweight[c] = (float)(parts[4 * c + 1] * m->invstd[c]);                                                   \

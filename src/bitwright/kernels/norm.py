@@ -104,10 +104,9 @@ def backward(
     relu: bool,
     quantizer: tuple[Any, ...] | None,
 ) -> Gradients:
-    """The gradients of `forward` for those of y and of z (None: nothing reads it).
+    """The gradients of `forward` for those of y (None without a quantizer) and of z (None: nothing reads it).
 
-    z: kept by `forward`, which it was if something was added; None: made again from x. Without gy there must be no
-    quantizer and no relu.
+    z: the values, if something was added; None: made again from x.
 
     Raises:
         MemoryError: there is no room for partial sums.
