@@ -64,6 +64,8 @@ def fake_quantize(
     and whose gradients it equals to rounding.
     """
     rule = getattr(rounding, "kernel_rule", None)
+    if rule is not None and wants_copy(x, scale):
+        x = x.contiguous()
     compiled = takes_traced(rule)
     if rule is None or not (compiled or (takes_fused(x, scale, axis) and fused_available())):
         return reference.fake_quantize(x, scale, zero, lo, hi, rounding, axis, count)
@@ -105,6 +107,12 @@ def takes_fused(x: Tensor, scale: Tensor, axis: int = 0) -> bool:
         and (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)))
         and (scale.numel() == 1 or in_rows(x, axis % x.ndim))
     )
+
+
+def wants_copy(x: Tensor, scale: Tensor) -> bool:
+    """Whether a contiguous copy of `x`, which has holes or strange strides, is all that the fused kernels want."""
+    one = type(x) is Tensor and x.device.type == "cpu" and scale.numel() == 1 and not torch.compiler.is_compiling()
+    return one and not takes_fused(x, scale) and takes_fused(x.new_empty(1), scale) and x.numel() > 0 and fused_available()
 
 
 def takes_norm(x: Tensor, weight: Tensor | None) -> bool:

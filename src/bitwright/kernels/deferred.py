@@ -46,6 +46,7 @@ class Pending:
         if [t._version for t in self.sources()] != self.versions:
             raise BitwrightError("a tensor that a batch norm's output is computed from was changed in place")
 
+    @torch.compiler.disable  # a compiled part of a model that is not compiled itself takes the values
     def read(self) -> Tensor:
         """The values."""
         if self.value is None:
@@ -81,7 +82,10 @@ class Deferred(Tensor):
         waiting = WAITING[func](*args, **(kwargs or {})) if func in WAITING else None
         if waiting is not None:
             return waiting
-        return func(*tree_map_only(Deferred, plain, args), **tree_map_only(Deferred, plain, kwargs or {}))
+        read = tree_map_only(Deferred, plain, args)
+        if func._schema.is_mutable:
+            torch.autograd.graph.increment_version(read[0])
+        return func(*read, **tree_map_only(Deferred, plain, kwargs or {}))
 
     # What looks past torch's operators.
 
@@ -234,6 +238,7 @@ def batch_norm(
     return join(Deferred(Pending(x, norms.measure(x, weight, bias, running, eps, momentum))))
 
 
+@torch.compiler.disable
 def quantize(tensor: Deferred, scale: Tensor, zeros: Tensor | None, *rest: Any) -> Tensor | None:
     """`tensor` quantized in one pass with its norm; None where its values are needed in themselves.
 

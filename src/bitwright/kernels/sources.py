@@ -61,18 +61,17 @@ def keep_sources(*quantized: Tensor) -> AbstractContextManager[Any]:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nullcontext()
-    found = {t.data_ptr(): (t, getattr(t, "bitwright_source", None)) for t in quantized}
-    found = {at: (t, source) for at, (t, source) in found.items() if source is not None}
-    if not found:
-        return nullcontext()
     # Looked up by address within this context only, while `quantized` keeps the storages alive.
-    known = {at: (t.shape, t.stride(), t.dtype, source) for at, (t, source) in found.items()}
+    sources = {t.data_ptr(): (t.numel(), t.dtype, getattr(t, "bitwright_source", None)) for t in quantized}
+    if all(source is None for _, _, source in sources.values()):
+        return nullcontext()
 
     def pack(t: Tensor) -> Any:
-        shape, stride, dtype, source = known.get(t.data_ptr(), (None,) * 4)
-        return source if (t.shape, t.stride(), t.dtype) == (shape, stride, dtype) else t
+        numel, dtype, source = sources.get(t.data_ptr(), (0, None, None))
+        # Products keep views of their operands: flattened, transposed.
+        return t if source is None or (t.numel(), t.dtype) != (numel, dtype) else (source, t.shape, t.stride())
 
     def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept.quantize()
+        return kept if isinstance(kept, Tensor) else kept[0].quantize().as_strided(*kept[1:])
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
