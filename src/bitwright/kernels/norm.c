@@ -16,6 +16,15 @@ typedef struct {
 
 INLINE float round_f32(float v) { return v; }
 
+/* Stores a value that has the type's precision already. */
+INLINE void cut_f32(float *p, float v) { *p = v; }
+
+INLINE void cut_bf16(bf16 *p, float v) {
+    union { float f; uint32_t i; } u;
+    u.f = v;
+    *p = (bf16)(u.i >> 16);
+}
+
 INLINE float round_bf16(float v) {
     bf16 narrow;
     store_bf16(&narrow, v);
@@ -60,7 +69,7 @@ INLINE float shift(const Norm *m, int64_t c) { return m->bias[c] - m->mean[c] * 
         _Pragma("omp simd") for (int64_t i = 0; i < n; i++) {                                                        \
             float v = round_##T(load_##T(x + i) * alpha + beta);                                                     \
             if (added) v = round_##T(v + load_##T(other + i));                                                       \
-            store_##T(z + i, v < floor ? floor : v);                                                                 \
+            cut_##T(z + i, v < floor ? floor : v);                                                                   \
         }                                                                                                            \
     }                                                                                                                \
     static void norm_piece_##T(const Norm *m, int64_t c, const T *x, const T *other, T *z, int64_t n) {              \
@@ -95,7 +104,7 @@ INLINE float shift(const Norm *m, int64_t c) { return m->bias[c] - m->mean[c] * 
             float v = made ? load_##T(d + i) : load_##T(g + i);                                                      \
             if (made && given) v = round_##T(v + load_##T(g + i));                                                   \
             if (relu) v = keep_if(!(load_##T(z + i) <= 0.0f), v);                                                    \
-            if (relu || (made && given)) store_##T(d + i, v);                                                        \
+            if (relu || (made && given)) cut_##T(d + i, v);                                                          \
             total += v;                                                                                              \
             product += v * (load_##T(x + i) - mean);                                                                 \
         }                                                                                                            \
