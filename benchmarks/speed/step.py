@@ -8,7 +8,8 @@ Cases alternate, so a busy machine slows all of them alike; the time is the proc
 is that of one round's two times; the table gives its median and quartiles over the rounds: to the eager float step,
 and to the plain quantized one (`lsq`). `saved` is the bytes kept for the backward pass, counted by saved-tensor
 hooks (parameters left out), as a ratio to the eager float step's. One time of `adaqat` is the mean of its 8 steps
-between two updates, probes included. `-compiled`: Inductor; `-lean`: Inductor with `activation_memory=0.7`.
+between two updates, probes included. Freed memory is kept, as `bitwright train` does
+(`memory.py` measures that); `-compiled`: Inductor; `-lean`: Inductor with `activation_memory=0.7`.
 `--bf16`: every case under bfloat16 autocast, for processors that have it (others emulate it, slowly).
 `--channels-last`: weights and images in that layout. `--topology`: of the `lsq` cases; the others have float sums.
 """
@@ -29,6 +30,7 @@ from torch import nn
 import bitwright as bw
 from bitwright import kernels
 from bitwright.topology import Topology
+from bitwright.training.memory import keep_freed_memory
 from bitwright.training.models import build_model
 
 SIZES = {"resnet8": 32, "resnet20": 32, "torchvision/resnet18": 224, "timm/vit_tiny_patch16_224": 224}
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     torch.manual_seed(0)
     size = SIZES[args.model]
     model = build_model(args.model, num_classes=10, in_channels=3, image_size=size)

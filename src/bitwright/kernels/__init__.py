@@ -64,8 +64,8 @@ def fake_quantize(
     and whose gradients it equals to rounding.
     """
     rule = getattr(rounding, "kernel_rule", None)
-    if rule is not None and wants_copy(x, scale):
-        x = x.contiguous()
+    if rule is not None and fused_home(x, scale) and not is_dense(x) and fused_available():
+        x = x.contiguous()  # one copy is cheaper than the reference's many
     compiled = takes_traced(rule)
     if rule is None or not (compiled or (takes_fused(x, scale, axis) and fused_available())):
         return reference.fake_quantize(x, scale, zero, lo, hi, rounding, axis, count)
@@ -96,6 +96,11 @@ def takes_traced(rule: KernelRule | None) -> bool:
 
 def takes_fused(x: Tensor, scale: Tensor, axis: int = 0) -> bool:
     """Whether the fused kernels cover such tensors, here and now."""
+    return fused_home(x, scale) and is_dense(x) and (scale.numel() == 1 or in_rows(x, axis % x.ndim))
+
+
+def fused_home(x: Tensor, scale: Tensor) -> bool:
+    """Whether the fused kernels cover tensors of this kind, maybe in another layout."""
     return (
         type(x) in (Tensor, torch.nn.Parameter, Deferred)
         and x.device.type == "cpu"
@@ -104,15 +109,12 @@ def takes_fused(x: Tensor, scale: Tensor, axis: int = 0) -> bool:
         and not torch.compiler.is_compiling()
         and _reference_depth == 0
         and x.numel() > 0
-        and (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)))
-        and (scale.numel() == 1 or in_rows(x, axis % x.ndim))
     )
 
 
-def wants_copy(x: Tensor, scale: Tensor) -> bool:
-    """Whether a contiguous copy of `x`, which has holes or strange strides, is all that the fused kernels want."""
-    one = type(x) is Tensor and x.device.type == "cpu" and scale.numel() == 1 and not torch.compiler.is_compiling()
-    return one and not takes_fused(x, scale) and takes_fused(x.new_empty(1), scale) and x.numel() > 0 and fused_available()
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of `x` lie one after another, in an order that kernels know."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def takes_norm(x: Tensor, weight: Tensor | None) -> bool:

@@ -6,6 +6,7 @@ Python or in C++, gets its values, computed then and kept. For autograd it is th
 has the gradients of everything so far, and which a quantizer replaces by one with the quantized values as well.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +47,6 @@ class Pending:
         if [t._version for t in self.sources()] != self.versions:
             raise BitwrightError("a tensor that a batch norm's output is computed from was changed in place")
 
-    @torch.compiler.disable  # a compiled part of a model that is not compiled itself takes the values
     def read(self) -> Tensor:
         """The values."""
         if self.value is None:
@@ -87,8 +87,6 @@ class Deferred(Tensor):
             torch.autograd.graph.increment_version(read[0])
         return func(*read, **tree_map_only(Deferred, plain, kwargs or {}))
 
-    # What looks past torch's operators.
-
     def detach(self) -> Tensor:
         return self.pending.read().detach()
 
@@ -105,9 +103,13 @@ class Deferred(Tensor):
         return repr(self.detach())
 
 
-def plain(t: Any) -> Any:
+def values(t: Any) -> Any:
     """`t`, or its values if it is deferred."""
     return t.pending.read() if isinstance(t, Deferred) else t
+
+
+# The same for a compiled part of a model whose batch norms are not compiled.
+plain: Callable[[Any], Any] = torch.compiler.disable(values)  # pyright: ignore[reportAssignmentType]
 
 
 def watched(t: Deferred) -> bool:
@@ -131,15 +133,14 @@ def relu_(t: Deferred) -> Tensor | None:
 
 def addable(t: Any, other: Any, alpha: float) -> bool:
     """Whether `t` waits with neither addition nor relu yet, and `other` can be added by the same pass."""
-    return (
-        isinstance(t, Deferred)
-        and t.pending.value is None
-        and t.pending.other is None
-        and not t.pending.relu
-        and isinstance(other, Tensor)
-        and alpha == 1
-        and (other.shape, other.stride(), other.dtype) == (t.shape, t.stride(), t.dtype)
-        and other.device == t.device
+    if not isinstance(t, Deferred) or not isinstance(other, Tensor) or alpha != 1:
+        return False
+    waits = t.pending.value is None and t.pending.other is None and not t.pending.relu
+    return waits and (other.shape, other.stride(), other.dtype, other.device) == (
+        t.shape,
+        t.stride(),
+        t.dtype,
+        t.device,
     )
 
 
@@ -238,7 +239,6 @@ def batch_norm(
     return join(Deferred(Pending(x, norms.measure(x, weight, bias, running, eps, momentum))))
 
 
-@torch.compiler.disable
 def quantize(tensor: Deferred, scale: Tensor, zeros: Tensor | None, *rest: Any) -> Tensor | None:
     """`tensor` quantized in one pass with its norm; None where its values are needed in themselves.
 

@@ -240,11 +240,6 @@ static void scale_gradients(const Call *q, int64_t c, double of_scale, double of
     }
 
 #define f32 float
-FORWARD(f32)
-BACKWARD_BLOCK(f32)
-BACKWARD_PIECE(f32)
-BACKWARD(f32)
-FORWARD(bf16)
-BACKWARD_BLOCK(bf16)
-BACKWARD_PIECE(bf16)
-BACKWARD(bf16)
+#define KERNELS(T) FORWARD(T) BACKWARD_BLOCK(T) BACKWARD_PIECE(T) BACKWARD(T)
+KERNELS(f32)
+KERNELS(bf16)

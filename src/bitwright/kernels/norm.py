@@ -37,7 +37,7 @@ class Norm(NamedTuple):
 def make_norm(
     x: Tensor, norm: Norm, relu: bool = False, running: tuple[Tensor, Tensor] | None = None, *numbers: float
 ) -> CNorm:
-    """The C structure; it points into its arguments. x: (samples, channels, ...), contiguous. numbers: eps, momentum."""
+    """The C structure, which points into its arguments; x: (samples, channels, ...), numbers: eps, momentum."""
     pointers = (t.data_ptr() for t in (*norm, *(running or ())))
     samples, channels = x.shape[:2]
     columns = x.numel() // (samples * channels)
