@@ -94,21 +94,20 @@ class Deferred(Tensor):
         return super().numpy(force=force) if self.requires_grad and not force else self.detach().numpy()
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        return self.pending.read().untyped_storage()
+        return self.detach().untyped_storage()
 
     def data_ptr(self) -> int:
-        return self.pending.read().data_ptr()
+        return self.detach().data_ptr()
 
     def __repr__(self, **options: Any) -> str:
         return repr(self.detach())
 
 
 def values(t: Any) -> Any:
-    """`t`, or its values if it is deferred."""
+    """`t`, or its values if it is deferred; compilers that meet one leave this to eager code."""
     return t.pending.read() if isinstance(t, Deferred) else t
 
 
-# The same for a compiled part of a model whose batch norms are not compiled.
 plain: Callable[[Any], Any] = torch.compiler.disable(values)  # pyright: ignore[reportAssignmentType]
 
 
@@ -135,13 +134,9 @@ def addable(t: Any, other: Any, alpha: float) -> bool:
     """Whether `t` waits with neither addition nor relu yet, and `other` can be added by the same pass."""
     if not isinstance(t, Deferred) or not isinstance(other, Tensor) or alpha != 1:
         return False
-    waits = t.pending.value is None and t.pending.other is None and not t.pending.relu
-    return waits and (other.shape, other.stride(), other.dtype, other.device) == (
-        t.shape,
-        t.stride(),
-        t.dtype,
-        t.device,
-    )
+    p = t.pending
+    alike = (other.shape, other.stride(), other.dtype, other.device) == (t.shape, t.stride(), t.dtype, t.device)
+    return alike and p.value is None and p.other is None and not p.relu
 
 
 def add(a: Any, b: Any, *, alpha: float = 1) -> Deferred | None:

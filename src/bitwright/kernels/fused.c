@@ -171,7 +171,7 @@ INLINE float clip(float v, const Row *p) {
         sums[1] = dz;                                                                                                \
     }
 
-/* The same for a rule that is known at run time only. */
+/* For a rule that is known at run time only. */
 #define BACKWARD_PIECE(T)                                                                                            \
     static void backward_piece_##T(const T *g, const T *x, T *dx, uint32_t at, int64_t n, double *sums, const Row p, \
                                    int rule, int masked) {                                                           \
@@ -240,6 +240,11 @@ static void scale_gradients(const Call *q, int64_t c, double of_scale, double of
     }
 
 #define f32 float
-#define KERNELS(T) FORWARD(T) BACKWARD_BLOCK(T) BACKWARD_PIECE(T) BACKWARD(T)
-KERNELS(f32)
-KERNELS(bf16)
+FORWARD(f32)
+FORWARD(bf16)
+BACKWARD_BLOCK(f32)
+BACKWARD_BLOCK(bf16)
+BACKWARD_PIECE(f32)
+BACKWARD_PIECE(bf16)
+BACKWARD(f32)
+BACKWARD(bf16)
