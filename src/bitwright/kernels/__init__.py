@@ -14,7 +14,7 @@ from torch import Tensor
 from bitwright.kernels import deferred, fused, reference, traced
 from bitwright.kernels.deferred import Deferred
 from bitwright.kernels.reference import EPS, KernelRule, Rounding, scale_gradient
-from bitwright.kernels.sources import Source, keep_sources, remember
+from bitwright.kernels.sources import Source, keep_sources, noted, remember
 
 __all__ = [
     "EPS",
@@ -84,8 +84,9 @@ def fake_quantize(
         y = deferred.quantize(x, *tensors[1:], *numbers)
         if y is not None:
             return y
-    y = torch.ops.bitwright.fake_quantize.default(*tensors, *numbers)
-    return remember(y, Source(*tensors, *numbers))
+    with keep_sources(x):  # x may be quantized itself: the output of one quantizer, the input of another
+        y = torch.ops.bitwright.fake_quantize.default(*tensors, *numbers)
+    return remember(y, Source(noted(x) or x, *tensors[1:], *numbers))
 
 
 def takes_traced(rule: KernelRule | None) -> bool:

@@ -2,15 +2,12 @@
 
    Plain C, compiled on first use; vectorized by the compiler. The arithmetic is the reference's to the last bit in
    the forward pass: a true division, rounding of ties to even, NaN kept, the same random mask. */
+#include "floats.c"
 #include <math.h>
 #include <stddef.h>
-#include <stdint.h>
 #include <stdlib.h>
 
 #define BLOCK 16384 /* elements per job and partial sum */
-#define INLINE static inline __attribute__((always_inline))
-
-typedef uint16_t bf16;
 
 /* One call. `rows` rows of `columns` elements lie one after another; row r uses scale[r % channels]. */
 typedef struct {
@@ -29,22 +26,6 @@ typedef struct {
     uint32_t low, high;
     int replaced_only;
 } Row;
-
-INLINE float load_f32(const float *p) { return *p; }
-INLINE void store_f32(float *p, float v) { *p = v; }
-
-INLINE float load_bf16(const bf16 *p) {
-    union { uint32_t i; float f; } u;
-    u.i = (uint32_t)*p << 16;
-    return u.f;
-}
-
-INLINE void store_bf16(bf16 *p, float v) {
-    union { float f; uint32_t i; } u;
-    u.f = v;
-    uint32_t rounded = (u.i + 0x7fffu + ((u.i >> 16) & 1u)) >> 16;
-    *p = (bf16)((v != v) ? 0x7fc0u : rounded);
-}
 
 /* v where `condition` holds, else 0: bits instead of a branch, which would keep the loop scalar. */
 INLINE float keep_if(int condition, float v) {
@@ -160,7 +141,8 @@ INLINE float clip(float v, const Row *p) {
                                  : rule == DSQ                         ? gi * soft_slope(c, &p)                      \
                                                                        : gi;                                         \
                 const float gv = keep_if(c == v, gk);                                                                \
-                store_##T(dx + i, rule == STE ? gi : gv);                                                            \
+                if (rule == STE || rule == CLIPPED_STE) cut_##T(dx + i, rule == STE ? gi : gv);                      \
+                else store_##T(dx + i, gv);                                                                          \
                 scale_part += gi * (k - p.zero) - gv * (c - p.zero);                                                 \
                 zero_part += gv - gi;                                                                                \
             }                                                                                                        \
@@ -239,7 +221,6 @@ static void scale_gradients(const Call *q, int64_t c, double of_scale, double of
         return 0;                                                                                                    \
     }
 
-#define f32 float
 FORWARD(f32)
 FORWARD(bf16)
 BACKWARD_BLOCK(f32)

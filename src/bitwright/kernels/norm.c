@@ -14,23 +14,6 @@ typedef struct {
     int64_t samples, channels, columns, relu, threads;
 } Norm;
 
-INLINE float round_f32(float v) { return v; }
-
-/* Stores a value that has the type's precision already. */
-INLINE void cut_f32(float *p, float v) { *p = v; }
-
-INLINE void cut_bf16(bf16 *p, float v) {
-    union { float f; uint32_t i; } u;
-    u.f = v;
-    *p = (bf16)(u.i >> 16);
-}
-
-INLINE float round_bf16(float v) {
-    bf16 narrow;
-    store_bf16(&narrow, v);
-    return load_bf16(&narrow);
-}
-
 INLINE float gain(const Norm *m, int64_t c) { return m->invstd[c] * m->weight[c]; }
 
 INLINE float shift(const Norm *m, int64_t c) { return m->bias[c] - m->mean[c] * gain(m, c); }

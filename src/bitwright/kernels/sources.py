@@ -10,9 +10,12 @@ from bitwright.kernels.norm import Norm, forward
 
 
 class Source(NamedTuple):
-    """The arguments of one `bitwright::fake_quantize`. All of them live on anyway: its own backward keeps them."""
+    """The arguments of one `bitwright::fake_quantize`. All of them live on anyway: its own backward keeps them.
 
-    x: Tensor
+    x: or what it was made from in turn, where it is quantized itself.
+    """
+
+    x: "Tensor | Source | NormSource"
     scale: Tensor
     zeros: Tensor | None
     lo: Tensor
@@ -28,8 +31,9 @@ class Source(NamedTuple):
 
     def quantize(self) -> Tensor:
         """The quantized tensor once more, to the last bit."""
+        x = self.x if isinstance(self.x, Tensor) else self.x.quantize()
         with torch.no_grad():
-            return torch.ops.bitwright.fake_quantize.default(*self)
+            return torch.ops.bitwright.fake_quantize.default(x, *self[1:])
 
 
 class NormSource(NamedTuple):
@@ -48,9 +52,15 @@ class NormSource(NamedTuple):
 
 
 def remember(y: Tensor, source: Source | NormSource) -> Tensor:
-    """Note on `y` what it was made from. The note is lost with any further operation on `y`, as it must be."""
-    y.bitwright_source = source  # pyright: ignore[reportAttributeAccessIssue]
+    """Note on `y` what it was made from. What is computed from `y` has no note; writing to `y` makes the note void."""
+    y.bitwright_source = source, y._version  # pyright: ignore[reportAttributeAccessIssue]
     return y
+
+
+def noted(t: Tensor) -> Source | NormSource | None:
+    """What `t` was made from, if that is known and `t` is still the same."""
+    source, version = getattr(t, "bitwright_source", (None, 0))
+    return source if version == t._version else None
 
 
 def keep_sources(*quantized: Tensor) -> AbstractContextManager[Any]:
@@ -62,7 +72,7 @@ def keep_sources(*quantized: Tensor) -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nullcontext()
     # Looked up by address within this context only, while `quantized` keeps the storages alive.
-    sources = {t.data_ptr(): (t.numel(), t.dtype, getattr(t, "bitwright_source", None)) for t in quantized}
+    sources = {t.data_ptr(): (t.numel(), t.dtype, noted(t)) for t in quantized}
     if all(source is None for _, _, source in sources.values()):
         return nullcontext()
 
