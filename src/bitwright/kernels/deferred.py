@@ -192,12 +192,13 @@ class Joined(torch.autograd.Function):
         y = None
         if rest:
             # A sum has another reader nearly always; and its second operand need not be kept when its value is.
-            keep = other is not None
-            quantizer = (scale, zeros, *rest)
-            pending.value, y = norms.forward(x, pending.norm, plain(other), pending.relu, quantizer, keep)
+            extra = (pending.relu, (scale, zeros, *rest), other is not None)
+            pending.value, y = norms.forward(x, pending.norm, plain(other), *extra)
             pending.note_versions()
         ctx.save_for_backward(x, weight, bias, *pending.norm[2:], pending.value, scale, zeros, *rest[:5])
-        ctx.pending, ctx.relu, ctx.added, ctx.numbers = pending, pending.relu, other is not None, rest[5:]
+        # A sum's values, if any, are not there yet; in all other cases the node must not outlive what it saves.
+        ctx.sum = pending if other is not None and not rest else None
+        ctx.relu, ctx.numbers = pending.relu, rest[5:]
         return tensor, y
 
     @staticmethod
@@ -210,9 +211,9 @@ class Joined(torch.autograd.Function):
         quantizer = (*tensors, *ctx.numbers) if ctx.numbers else None
         if quantizer and gy is None:
             gy = torch.zeros_like(x)
-        if ctx.added and z is None:
-            ctx.pending.check()
-            z = ctx.pending.read()
+        if ctx.sum is not None:
+            ctx.sum.check()
+            z = ctx.sum.read()
         made = norms.backward(gy, plain(gz), x, z, norm, ctx.relu, quantizer)
         grads = (None, made.x, made.weight, made.bias, made.other, made.scale, made.zeros)
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
