@@ -28,6 +28,7 @@ from step import SIZES, make_step, quantized
 from torch import nn
 
 import bitwright as bw
+from bitwright.training.memory import keep_freed_memory
 from bitwright.training.models import build_model
 
 
@@ -121,6 +122,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    keep_freed_memory()
     torch.manual_seed(0)
     size = SIZES[args.model]
     model = build_model(args.model, num_classes=10, in_channels=3, image_size=size)

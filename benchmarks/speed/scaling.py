@@ -15,6 +15,7 @@ import torch
 from measure import alternate, machine, ratio, write
 from step import make_step, quantized
 
+from bitwright.training.memory import keep_freed_memory
 from bitwright.training.models.resnet import CifarResNet
 
 CASES = [
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     rows = []
     for axis, case in CASES:
         torch.manual_seed(0)

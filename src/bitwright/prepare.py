@@ -13,6 +13,7 @@ from bitwright.layers import (
     QuantLayer,
     SharedInput,
     attach_output,
+    defer_norms,
     detach_output,
     has_output,
     is_quantized,
@@ -73,6 +74,7 @@ def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
             if type(module) is not original:
                 unswap(module, original)
         raise
+    defer_norms(model)
     for module in model.modules():
         disable_fast_path(module)
     return model

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from bitwright.kernels import reference, traced
+from bitwright.kernels import deferred, fused, reference, traced
+from bitwright.kernels.deferred import Deferred
 from bitwright.kernels.reference import EPS, KernelRule, Rounding, scale_gradient
-from bitwright.kernels.sources import Source, keep_sources, remember
+from bitwright.kernels.sources import Source, keep_sources, noted, remember
 
 __all__ = [
     "EPS",
@@ -87,6 +88,8 @@ def fake_quantize(
     and whose gradients it equals to rounding.
     """
     rule = getattr(rounding, "kernel_rule", None)
+    if rule is not None and fused_home(x, scale) and not is_dense(x) and fused_available(x.device):
+        x = x.contiguous()  # one copy is cheaper than the reference's many
     compiled = takes_traced(rule)
     if rule is None or not (compiled or (takes_fused(x, scale, axis) and fused_available(x.device))):
         return reference.fake_quantize(x, scale, zero, lo, hi, rounding, axis, count)
@@ -100,11 +103,14 @@ def fake_quantize(
     if compiled:
         numbers = (constant, axis, count, rule.name, rule.replaced_only)
         return torch.ops.bitwright.traced_fake_quantize.default(*tensors, *numbers)
-    from bitwright.kernels import fused
-
     numbers = (constant, axis, count, fused.RULES[rule.name], rule.replaced_only)
-    y = torch.ops.bitwright.fake_quantize.default(*tensors, *numbers)
-    return remember(y, Source(*tensors, *numbers))
+    if isinstance(x, Deferred):
+        y = deferred.quantize(x, *tensors[1:], *numbers)
+        if y is not None:
+            return y
+    with keep_sources(x):  # x may be quantized itself: the output of one quantizer, the input of another
+        y = torch.ops.bitwright.fake_quantize.default(*tensors, *numbers)
+    return remember(y, Source(noted(x) or x, *tensors[1:], *numbers))
 
 
 def takes_traced(rule: KernelRule | None) -> bool:
@@ -115,15 +121,38 @@ def takes_traced(rule: KernelRule | None) -> bool:
 
 def takes_fused(x: Tensor, scale: Tensor, axis: int = 0) -> bool:
     """Whether the fused kernels cover such tensors, here and now."""
+    return fused_home(x, scale) and is_dense(x) and (scale.numel() == 1 or in_rows(x, axis % x.ndim))
+
+
+def fused_home(x: Tensor, scale: Tensor) -> bool:
+    """Whether the fused kernels cover tensors of this kind, maybe in another layout."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        type(x) in (Tensor, torch.nn.Parameter, Deferred)
         and x.dtype in FUSED_DTYPES.get(x.device.type, ())
         and scale.dtype == torch.float32
         and not torch.compiler.is_compiling()
         and _reference_depth == 0
         and x.numel() > 0
-        and (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)))
-        and (scale.numel() == 1 or in_rows(x, axis % x.ndim))
+    )
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of `x` lie one after another, in an order that kernels know."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def takes_norm(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether a batch norm of `x` in training may wait for its reader (`bitwright.kernels.deferred`)."""
+    return (
+        weight is not None
+        and x.device.type == "cpu"
+        and type(x) is Tensor
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        and takes_fused(x, weight)
+        and x.is_contiguous()
+        and x.numel() > x.shape[1]
+        and fused_available()
     )
 
 

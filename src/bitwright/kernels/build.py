@@ -13,7 +13,8 @@ from pathlib import Path
 
 from bitwright.cache import cache_folder
 
-SOURCE = Path(__file__).with_name("fused.c")
+# Each includes the next.
+SOURCES = [Path(__file__).with_name(name) for name in ("norm.c", "fused.c", "floats.c")]
 # Errno and trapping semantics keep rintf and selects out of vector code; neither changes a value.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 
@@ -71,7 +72,7 @@ def library() -> ctypes.CDLL | None:
     """
     if os.environ.get("BITWRIGHT_KERNELS", "") == "reference":
         return None
-    found = load("fused", [SOURCE], FLAGS)
+    found = load("fused", SOURCES, FLAGS)
     if isinstance(found, ctypes.CDLL):
         return found
     logger.warning("fused kernels are off, training is slower but the same: %s", found)

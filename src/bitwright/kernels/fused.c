@@ -2,15 +2,12 @@
 
    Plain C, compiled on first use; vectorized by the compiler. The arithmetic is the reference's to the last bit in
    the forward pass: a true division, rounding of ties to even, NaN kept, the same random mask. */
+#include "floats.c"
 #include <math.h>
 #include <stddef.h>
-#include <stdint.h>
 #include <stdlib.h>
 
 #define BLOCK 16384 /* elements per job and partial sum */
-#define INLINE static inline __attribute__((always_inline))
-
-typedef uint16_t bf16;
 
 /* One call. `rows` rows of `columns` elements lie one after another; row r uses scale[r % channels]. */
 typedef struct {
@@ -29,22 +26,6 @@ typedef struct {
     uint32_t low, high;
     int replaced_only;
 } Row;
-
-INLINE float load_f32(const float *p) { return *p; }
-INLINE void store_f32(float *p, float v) { *p = v; }
-
-INLINE float load_bf16(const bf16 *p) {
-    union { uint32_t i; float f; } u;
-    u.i = (uint32_t)*p << 16;
-    return u.f;
-}
-
-INLINE void store_bf16(bf16 *p, float v) {
-    union { float f; uint32_t i; } u;
-    u.f = v;
-    uint32_t rounded = (u.i + 0x7fffu + ((u.i >> 16) & 1u)) >> 16;
-    *p = (bf16)((v != v) ? 0x7fc0u : rounded);
-}
 
 /* v where `condition` holds, else 0: bits instead of a branch, which would keep the loop scalar. */
 INLINE float keep_if(int condition, float v) {
@@ -160,7 +141,8 @@ INLINE float clip(float v, const Row *p) {
                                  : rule == DSQ                         ? gi * soft_slope(c, &p)                      \
                                                                        : gi;                                         \
                 const float gv = keep_if(c == v, gk);                                                                \
-                store_##T(dx + i, rule == STE ? gi : gv);                                                            \
+                if (rule == STE || rule == CLIPPED_STE) cut_##T(dx + i, rule == STE ? gi : gv);                      \
+                else store_##T(dx + i, gv);                                                                          \
                 scale_part += gi * (k - p.zero) - gv * (c - p.zero);                                                 \
                 zero_part += gv - gi;                                                                                \
             }                                                                                                        \
@@ -170,6 +152,26 @@ INLINE float clip(float v, const Row *p) {
         sums[0] = ds;                                                                                                \
         sums[1] = dz;                                                                                                \
     }
+
+/* For a rule that is known at run time only. */
+#define BACKWARD_PIECE(T)                                                                                            \
+    static void backward_piece_##T(const T *g, const T *x, T *dx, uint32_t at, int64_t n, double *sums, const Row p, \
+                                   int rule, int masked) {                                                           \
+        if (rule == CLIPPED_STE) backward_block_##T(g, x, dx, at, n, sums, p, CLIPPED_STE, 0);                       \
+        else if (rule == STE) backward_block_##T(g, x, dx, at, n, sums, p, STE, 0);                                  \
+        else if (rule == DSQ) backward_block_##T(g, x, dx, at, n, sums, p, DSQ, 0);                                  \
+        else if (rule == EWGS && masked) backward_block_##T(g, x, dx, at, n, sums, p, EWGS, 1);                      \
+        else if (rule == EWGS) backward_block_##T(g, x, dx, at, n, sums, p, EWGS, 0);                                \
+        else if (masked) backward_block_##T(g, x, dx, at, n, sums, p, SCALAR, 1);                                    \
+        else backward_block_##T(g, x, dx, at, n, sums, p, SCALAR, 0);                                                \
+    }
+
+/* Gradients of a channel's scale (of LSQ's parameter, if it is one) and zero from the sums of `backward_block`. */
+static void scale_gradients(const Call *q, int64_t c, double of_scale, double of_zero, float *dscale, float *dzeros) {
+    const double raw = q->scale[c], sign = raw > 0 ? 1.0 : raw < 0 ? -1.0 : 0.0;
+    dscale[c] = (float)(q->count ? of_scale * sign / sqrt((double)q->count * *q->hi) : of_scale);
+    if (dzeros) dzeros[c] = (float)(of_zero * scale_of(q, c));
+}
 
 /* Parts are added in a fixed order, whatever the number of threads. 0, or 1 where there is no memory. */
 #define BACKWARD(T)                                                                                                  \
@@ -201,15 +203,7 @@ INLINE float clip(float v, const Row *p) {
                 }                                                                                                    \
                 const Row p = make_row(q, row, mean);                                                                \
                 double *out = sums + 2 * job;                                                                        \
-                const T *gb = g + at, *xb = x + at;                                                                  \
-                const uint32_t i = (uint32_t)at;                                                                     \
-                if (rule == CLIPPED_STE) backward_block_##T(gb, xb, dx + at, i, n, out, p, CLIPPED_STE, 0);          \
-                else if (rule == STE) backward_block_##T(gb, xb, dx + at, i, n, out, p, STE, 0);                     \
-                else if (rule == DSQ) backward_block_##T(gb, xb, dx + at, i, n, out, p, DSQ, 0);                     \
-                else if (rule == EWGS && masked) backward_block_##T(gb, xb, dx + at, i, n, out, p, EWGS, 1);         \
-                else if (rule == EWGS) backward_block_##T(gb, xb, dx + at, i, n, out, p, EWGS, 0);                   \
-                else if (masked) backward_block_##T(gb, xb, dx + at, i, n, out, p, SCALAR, 1);                       \
-                else backward_block_##T(gb, xb, dx + at, i, n, out, p, SCALAR, 0);                                   \
+                backward_piece_##T(g + at, x + at, dx + at, (uint32_t)at, n, out, p, rule, masked);                  \
             }                                                                                                        \
             if (pass == 0) {                                                                                         \
                 for (int64_t job = 0; job < jobs; job++) mean += sums[2 * job];                                      \
@@ -221,19 +215,17 @@ INLINE float clip(float v, const Row *p) {
             totals[2 * ((job / blocks) % q->channels)] += sums[2 * job];                                             \
             totals[2 * ((job / blocks) % q->channels) + 1] += sums[2 * job + 1];                                     \
         }                                                                                                            \
-        for (int64_t c = 0; c < q->channels; c++) {                                                                  \
-            const double raw = q->scale[c], sign = raw > 0 ? 1.0 : raw < 0 ? -1.0 : 0.0;                             \
-            dscale[c] = (float)(q->count ? totals[2 * c] * sign / sqrt((double)q->count * *q->hi) : totals[2 * c]);  \
-            if (dzeros) dzeros[c] = (float)(totals[2 * c + 1] * scale_of(q, c));                                     \
-        }                                                                                                            \
+        for (int64_t c = 0; c < q->channels; c++)                                                                    \
+            scale_gradients(q, c, totals[2 * c], totals[2 * c + 1], dscale, dzeros);                                 \
         free(sums);                                                                                                  \
         return 0;                                                                                                    \
     }
 
-#define f32 float
 FORWARD(f32)
-BACKWARD_BLOCK(f32)
-BACKWARD(f32)
 FORWARD(bf16)
+BACKWARD_BLOCK(f32)
 BACKWARD_BLOCK(bf16)
+BACKWARD_PIECE(f32)
+BACKWARD_PIECE(bf16)
+BACKWARD(f32)
 BACKWARD(bf16)

@@ -6,11 +6,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bitwright.kernels.norm import Norm, forward
+
 
 class Source(NamedTuple):
-    """The arguments of one `bitwright::fake_quantize`. All of them live on anyway: its own backward keeps them."""
+    """The arguments of one `bitwright::fake_quantize`. All of them live on anyway: its own backward keeps them.
 
-    x: Tensor
+    x: or what it was made from in turn, where it is quantized itself.
+    """
+
+    x: "Tensor | Source | NormSource"
     scale: Tensor
     zeros: Tensor | None
     lo: Tensor
@@ -26,14 +31,36 @@ class Source(NamedTuple):
 
     def quantize(self) -> Tensor:
         """The quantized tensor once more, to the last bit."""
+        x = self.x if isinstance(self.x, Tensor) else self.x.quantize()
         with torch.no_grad():
-            return torch.ops.bitwright.fake_quantize.default(*self)
+            return torch.ops.bitwright.fake_quantize.default(x, *self[1:])
 
 
-def remember(y: Tensor, source: Source) -> Tensor:
-    """Note on `y` what it was made from. The note is lost with any further operation on `y`, as it must be."""
-    y.bitwright_source = source  # pyright: ignore[reportAttributeAccessIssue]
+class NormSource(NamedTuple):
+    """The same for a quantized batch norm of x, behind relu or not; see `bitwright.kernels.norm.forward`."""
+
+    x: Tensor
+    norm: Norm
+    relu: bool
+    quantizer: tuple[Any, ...]
+
+    def quantize(self) -> Tensor:
+        """The quantized tensor once more, to the last bit."""
+        _, y = forward(self.x, self.norm, None, self.relu, self.quantizer, False)
+        assert y is not None
+        return y
+
+
+def remember(y: Tensor, source: Source | NormSource) -> Tensor:
+    """Note on `y` what it was made from. What is computed from `y` has no note; writing to `y` makes the note void."""
+    y.bitwright_source = source, y._version  # pyright: ignore[reportAttributeAccessIssue]
     return y
+
+
+def noted(t: Tensor) -> Source | NormSource | None:
+    """What `t` was made from, if that is known and `t` is still the same."""
+    source, version = getattr(t, "bitwright_source", (None, 0))
+    return source if version == t._version else None
 
 
 def keep_sources(*quantized: Tensor) -> AbstractContextManager[Any]:
@@ -44,18 +71,17 @@ def keep_sources(*quantized: Tensor) -> AbstractContextManager[Any]:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return nullcontext()
-    found = {t.data_ptr(): (t, getattr(t, "bitwright_source", None)) for t in quantized}
-    found = {at: (t, source) for at, (t, source) in found.items() if source is not None}
-    if not found:
-        return nullcontext()
     # Looked up by address within this context only, while `quantized` keeps the storages alive.
-    known = {at: (t.shape, t.stride(), t.dtype, source) for at, (t, source) in found.items()}
+    sources = {t.data_ptr(): (t.numel(), t.dtype, noted(t)) for t in quantized}
+    if all(source is None for _, _, source in sources.values()):
+        return nullcontext()
 
     def pack(t: Tensor) -> Any:
-        shape, stride, dtype, source = known.get(t.data_ptr(), (None,) * 4)
-        return source if (t.shape, t.stride(), t.dtype) == (shape, stride, dtype) else t
+        numel, dtype, source = sources.get(t.data_ptr(), (0, None, None))
+        # Products keep views of their operands: flattened, transposed.
+        return t if source is None or (t.numel(), t.dtype) != (numel, dtype) else (source, t.shape, t.stride())
 
     def unpack(kept: Any) -> Tensor:
-        return kept.quantize() if isinstance(kept, Source) else kept
+        return kept if isinstance(kept, Tensor) else kept[0].quantize().as_strided(*kept[1:])
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -35,10 +35,13 @@ def codes(
 
 
 def per_scale(t: Tensor, like: Tensor, axis: int) -> Tensor:
-    """`t` summed over the elements that share a scale; the shape of `like`, (1,) or (channels,)."""
-    if like.numel() > 1:
-        return t.sum([d for d in range(t.ndim) if d != axis % t.ndim])
-    return t.sum().reshape(1)
+    """`t` summed over the elements that share a scale; the shape of `like`, (1,) or (channels,).
+
+    One scale: first by channels, as the sums of a norm's gradient are, so that compilers make both in one pass.
+    """
+    channels = axis % t.ndim if like.numel() > 1 else 1 if t.ndim == 4 else t.ndim - 1
+    summed = t.sum([d for d in range(t.ndim) if d != channels]) if t.ndim > 1 else t
+    return summed if like.numel() > 1 else summed.sum().reshape(1)
 
 
 class Traced(torch.autograd.Function):

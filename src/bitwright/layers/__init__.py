@@ -9,6 +9,7 @@ from bitwright.layers.attention import QuantMultiheadAttention, scaled_dot_produ
 from bitwright.layers.base import QuantLayer
 from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
 from bitwright.layers.linear import QuantEmbedding, QuantLinear
+from bitwright.layers.norm import QuantBatchNorm2d, defer_norms
 from bitwright.layers.output import (
     OUTPUT,
     SharedInput,
@@ -24,6 +25,7 @@ __all__ = [
     "OUTPUT",
     "Add",
     "QuantAdd",
+    "QuantBatchNorm2d",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv2dSame",
@@ -34,6 +36,7 @@ __all__ = [
     "SharedInput",
     "attach_output",
     "candidates",
+    "defer_norms",
     "detach_output",
     "has_output",
     "is_quantized",

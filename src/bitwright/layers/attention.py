@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
 from bitwright.grids import Shape
+from bitwright.kernels import keep_sources
 from bitwright.layers.base import QuantLayer, apply
 from bitwright.quantizer import Quantizer
 
@@ -39,7 +40,8 @@ def scaled_dot_product(
     q = apply(quantizers.get("query_quantizer"), q * (1.0 / math.sqrt(q.shape[-1])) if scaled else q)
     k = apply(quantizers.get("key_quantizer"), k)
     v = apply(quantizers.get("value_quantizer"), v)
-    scores = q @ k.transpose(-2, -1)
+    with keep_sources(q, k):
+        scores = q @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores + mask
     probabilities = scores.softmax(-1)
@@ -47,7 +49,8 @@ def scaled_dot_product(
     weights = apply(quantizers.get("attention_quantizer"), probabilities)
     if dropout:
         weights = F.dropout(weights, dropout)
-    return weights @ v, probabilities
+    with keep_sources(weights, v):
+        return weights @ v, probabilities
 
 
 class QuantAttentionBase(QuantLayer):

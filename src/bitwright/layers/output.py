@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
@@ -23,11 +22,7 @@ def quantize_output(module: nn.Module, args: Any, output: Any) -> Tensor:
             f"the output of a {type(module).__name__} is a {type(output).__name__}; "
             "only single tensors have an output quantizer"
         )
-    quantized = module.get_submodule(OUTPUT)(output)
-    if not torch.compiler.is_compiling():
-        # Models add to it in place, after which it is no longer what the quantizer made.
-        quantized.__dict__.pop("bitwright_source", None)
-    return quantized
+    return module.get_submodule(OUTPUT)(output)
 
 
 class SharedInput(nn.Module):

@@ -7,6 +7,7 @@ from bitwright.training.checkpoint import write_atomic
 from bitwright.training.folder import RunFolder
 from bitwright.training.interrupt import StopSignals
 from bitwright.training.loop import Trainer
+from bitwright.training.memory import keep_freed_memory
 from bitwright.training.partner import get_partner
 from bitwright.training.recipe import Recipe
 from bitwright.training.recipe_file import dump_recipe
@@ -52,6 +53,7 @@ def resume(
 def _run(
     recipe: Recipe, folder: RunFolder, dataset: Any, cache: Path | None, reporter: Reporter, stop: StopSignals
 ) -> dict[str, Any]:
+    keep_freed_memory()
     partner = get_partner(recipe, dataset, cache=cache, reporter=reporter, stop=stop)
     trainer = Trainer(recipe, dataset, folder, partner=partner, reporter=reporter, stop=stop)
     return trainer.run(resume=folder.checkpoint.is_file())

@@ -1,0 +1,129 @@
+"""Batch norm in training and what follows it (an addition, relu, quantization) as one pass each way: `norm.c`."""
+
+import ctypes
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitwright.kernels.build import library
+from bitwright.kernels.fused import Call, address, make_call
+from bitwright.kernels.pool import empty_like
+
+
+class CNorm(ctypes.Structure):
+    """`Norm` of norm.c."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("weight", "bias", "mean", "invstd", "running_mean", "running_var")),
+        *((n, ctypes.c_double) for n in ("eps", "momentum")),
+        *((n, ctypes.c_int64) for n in ("samples", "channels", "columns", "relu", "threads")),
+    )
+
+
+class Norm(NamedTuple):
+    """A batch norm of one batch: per channel its gain and bias (parameters), the batch's mean and 1 / deviation.
+
+    All of shape (channels,), float32, contiguous.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    invstd: Tensor
+
+
+def make_norm(
+    x: Tensor, norm: Norm, relu: bool = False, running: tuple[Tensor, Tensor] | None = None, *numbers: float
+) -> CNorm:
+    """The C structure, which points into its arguments; x: (samples, channels, ...), numbers: eps, momentum."""
+    pointers = (t.data_ptr() for t in (*norm, *(running or ())))
+    samples, channels = x.shape[:2]
+    columns = x.numel() // (samples * channels)
+    pointers = (*pointers, None, None)[:6]
+    return CNorm(*pointers, *(numbers or (0.0, 0.0)), samples, channels, columns, relu, torch.get_num_threads())
+
+
+@functools.cache
+def kernel(name: str, dtype: torch.dtype) -> Any:
+    """The C function `name` for an element type."""
+    function = getattr(library(), f"{name}_{'f32' if dtype == torch.float32 else 'bf16'}")
+    others = {"statistics": 1, "forward_norm": 5, "backward_norm": 11}[name]
+    function.argtypes = [ctypes.POINTER(CNorm), *[ctypes.c_void_p] * others]
+    return function
+
+
+def measure(
+    x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, eps: float, momentum: float
+) -> Norm:
+    """The norm of a batch; moves `running` (mean, variance), if any, by the share `momentum` as torch does.
+
+    x: float32 or bfloat16 on the CPU, contiguous, (samples, channels, ...), at least two values per channel.
+    """
+    norm = Norm(weight, bias, torch.empty_like(weight), torch.empty_like(weight))
+    kernel("statistics", x.dtype)(make_norm(x, norm, False, running, eps, momentum), x.data_ptr())
+    if running:
+        torch.autograd.graph.increment_version(running)
+    return norm
+
+
+def forward(
+    x: Tensor, norm: Norm, other: Tensor | None, relu: bool, quantizer: tuple[Any, ...] | None, keep: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(z, y): z = norm(x), plus `other`, relu if asked for; y = z quantized. All shaped, laid out and typed as `x`.
+
+    quantizer: the arguments of `bitwright::fake_quantize` behind its first, with one scale; None: y is None.
+    keep: whether z is wanted; else it is None.
+    """
+    z = torch.empty_like(x) if keep else None
+    y = empty_like(x) if quantizer else None
+    call = ctypes.byref(make_call(x, *quantizer)) if quantizer else None
+    addresses = (x.data_ptr(), address(other), address(z), address(y))
+    kernel("forward_norm", x.dtype)(make_norm(x, norm, relu), call, *addresses)
+    return z, y
+
+
+class Gradients(NamedTuple):
+    """Of the loss in x, in what was added (and z before relu), in gain, bias, scale and zeros."""
+
+    x: Tensor
+    other: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None = None
+    zeros: Tensor | None = None
+
+
+def backward(
+    gy: Tensor | None,
+    gz: Tensor | None,
+    x: Tensor,
+    z: Tensor | None,
+    norm: Norm,
+    relu: bool,
+    quantizer: tuple[Any, ...] | None,
+) -> Gradients:
+    """The gradients of `forward` for those of y (None without a quantizer) and of z (None: nothing reads it).
+
+    z: the values, if something was added; None: made again from x.
+
+    Raises:
+        MemoryError: there is no room for partial sums.
+    """
+    like: list[Tensor | None] = [None if g is None else dense_as(g, x) for g in (gy, gz)]
+    dx = empty_like(x)
+    other = None if z is None else empty_like(x)
+    dweight, dbias = torch.empty_like(norm.weight), torch.empty_like(norm.weight)
+    dscale = None if quantizer is None else torch.empty_like(quantizer[0])
+    dzeros = None if quantizer is None or quantizer[1] is None else torch.empty_like(quantizer[1])
+    call: ctypes._Pointer[Call] | Any = ctypes.byref(make_call(x, *quantizer)) if quantizer else None
+    tensors = (*like, x, z, dx if other is None else other, dx, dweight, dbias, dscale, dzeros)
+    if kernel("backward_norm", x.dtype)(make_norm(x, norm, relu), call, *(address(t) for t in tensors)):
+        raise MemoryError("backward_norm: no room for partial sums")
+    return Gradients(dx, other, dweight, dbias, dscale, dzeros)
+
+
+def dense_as(g: Tensor, x: Tensor) -> Tensor:
+    """`g` with the strides and the type of `x`."""
+    return g if g.stride() == x.stride() and g.dtype == x.dtype else torch.empty_like(x).copy_(g)
