@@ -10,7 +10,7 @@ def keep_freed_memory() -> bool:
     """Keep freed memory in this process instead of giving it back to the system, whatever the size of its blocks.
 
     By default glibc gives the large blocks of activations and gradients back in every step and fetches them anew,
-    page by page, for a tenth to a fifth of the time of a small network's step on a CPU (`benchmarks/speed/memory.py`).
+    page by page, for a tenth to a sixth of the time of a small network's step on a CPU (`benchmarks/speed/memory.py`).
     The process keeps its peak until it ends; `bitwright train` calls this, a training loop of one's own may.
 
     Returns:
