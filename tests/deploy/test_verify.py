@@ -240,6 +240,15 @@ def test_what_float64_does_not_explain_stays_a_difference(answer):
     assert not report.ok
 
 
+@pytest.mark.parametrize(("gap", "wrong"), [(0.0, 0), (1e-16, 0), (1e-9, 1)])
+def test_classes_that_tie_in_exact_arithmetic_are_no_difference(gap, wrong):
+    report = VerifyReport("file", [])
+    exact = torch.tensor([[0.0, 0.5 + gap, 0.5]], dtype=torch.float64)
+    trained, file = torch.tensor([[0.0, 0.5, 0.5]]), torch.tensor([[0.0, 0.5, 0.5 + 1e-7]])
+    compare_outputs(report, trained, file, file, torch.ones(1, dtype=torch.bool), lambda _: exact)
+    assert (report.float32_differs, report.different_frozen, report.different_file) == (0, wrong, wrong)
+
+
 @pytest.mark.parametrize("runtime", ["default", "native"])
 def test_a_file_of_a_newer_format_is_refused_in_one_line(runtime, tmp_path):
     model, content = exported("lsq", 4)

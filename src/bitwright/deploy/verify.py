@@ -207,6 +207,21 @@ def compare_codes(report: VerifyReport, recorder: Recorder, file: dict[str, list
     return clean_frozen & clean_file
 
 
+def differing(a: Tensor, b: Tensor) -> Tensor:
+    """Which images (axis 0) have an element that differs, (images,) bool."""
+    return (a != b).reshape(a.shape[0], -1).any(1)
+
+
+def among_best(outputs: Tensor, predicted: Tensor, axis: int) -> Tensor:
+    """Which images have an output at every predicted class that is the largest one, or tied with it, (images,) bool.
+
+    Sums of integers tie in earnest, and then rounding, here in float64, decides which of the classes comes first.
+    """
+    found = outputs.gather(axis, predicted.unsqueeze(axis)).squeeze(axis)
+    reached = found >= outputs.amax(axis) - 1e-12 * outputs.abs().amax()
+    return reached.reshape(len(reached), -1).all(1)
+
+
 def compare_outputs(
     report: VerifyReport,
     trained: Tensor,
@@ -221,17 +236,17 @@ def compare_outputs(
     """
     images = trained.shape[0]
     axis = 1 if trained.ndim == 4 else -1  # classes of a map lie along axis 1
-    ours, integers, theirs = (t.argmax(axis).reshape(images, -1) for t in (trained, frozen, file))
-    undecided = (ours != integers).any(1) | (ours != theirs).any(1)
-    outputs = exact(undecided) if bool(undecided.any()) else None
-    if outputs is not None:
-        again = outputs.argmax(axis).reshape(int(undecided.sum()), -1)
-        report.float32_differs += int((again != ours[undecided]).any(1).sum())
-        ours[undecided] = again
+    ours, integers, theirs = (t.argmax(axis) for t in (trained, frozen, file))
+    undecided = differing(ours, integers) | differing(ours, theirs)
+    if bool(undecided.any()):
+        outputs = exact(undecided)
+        outputs = trained[undecided] if outputs is None else outputs
+        again = outputs.argmax(axis)
+        report.float32_differs += int(differing(again, ours[undecided]).sum())
+        report.different_frozen += int((~among_best(outputs, integers[undecided], axis)).sum())
+        report.different_file += int((~among_best(outputs, theirs[undecided], axis)).sum())
     report.images += images
     report.clean_images += int(clean.sum())
-    report.different_frozen += int((ours != integers).any(1).sum())
-    report.different_file += int((ours != theirs).any(1).sum())
     distance = (trained - file).abs().reshape(images, -1).amax(1)
     report.logit_difference = max(report.logit_difference, float(distance.max()))
     report.largest_logit = max(report.largest_logit, float(trained.abs().max()))
