@@ -32,22 +32,9 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if x.device.type == "cpu" else torch.cuda.device(x.device)
 
 
-def forward(
-    x: Tensor,
-    scale: Tensor,
-    zeros: Tensor | None,
-    lo: Tensor,
-    hi: Tensor,
-    strength: Tensor | None,
-    rate: Tensor | None,
-    seed: Tensor | None,
-    zero: float,
-    axis: int,
-    count: int,
-    rule: int,
-    replaced_only: bool,
-) -> Tensor:
+def forward(x: Tensor, *arguments: Any) -> Tensor:
     """The quantized tensor, laid out as `x` (dense, not empty); arguments: see `fused.make_call`."""
+    scale, zeros, lo, hi, _, rate, seed, zero, axis, count, _, _ = arguments
     y = torch.empty_like(x)
     rows, channels, columns = geometry(x, scale, axis)
     block, blocks, warps = blocks_of(columns)
@@ -69,23 +56,9 @@ def mean_gradient(g: Tensor, scale: Tensor, axis: int, count: int) -> Tensor:
     return (torch.linalg.vector_norm(flat, 1, dim=(0, 2), dtype=torch.float32) * used).sum() / g.numel()
 
 
-def backward(
-    g: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    zeros: Tensor | None,
-    lo: Tensor,
-    hi: Tensor,
-    strength: Tensor | None,
-    rate: Tensor | None,
-    seed: Tensor | None,
-    zero: float,
-    axis: int,
-    count: int,
-    rule: int,
-    replaced_only: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(g: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients (dx like `x`, dscale like `scale`, dzeros like `zeros`) for the gradient `g` of the output."""
+    scale, zeros, lo, hi, strength, rate, seed, zero, axis, count, rule, replaced_only = arguments
     if g.stride() != x.stride() or g.dtype != x.dtype:
         g = torch.empty_like(x).copy_(g)
     rows, channels, columns = geometry(x, scale, axis)
