@@ -58,7 +58,8 @@ def odd_parts(ratios: Sequence[float], largest: Sequence[int], top: int) -> int:
     limit = 2.0**23 / (2 * sum(r * k for r, k in zip(ratios, largest, strict=True)) + 3 * (top + 1))
     # Ratios that were moved before stay, though their parts may now be counted finer: one of these is what was used.
     finer, coarser = (2 ** math.floor(math.log2(limit * slack)) - 1 for slack in (1.01, 0.99))
-    return finer if all(whole(r * finer) for r in ratios) else coarser
+    used = [p for p in (coarser, finer) if all(whole(r * p) for r in ratios)]
+    return used[0] if used else coarser
 
 
 def whole(parts: float) -> bool:
