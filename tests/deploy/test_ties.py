@@ -86,7 +86,9 @@ def test_any_widths_and_ratios_stay_off_ties(bits, source_bits, signed, reach):
     parts = odd_parts(ratios, largest, top)
     step = np.float32(0.0137)
     scales = [float(np.float32(step * round(r * parts) / parts)) for r in ratios]
-    assert odd_parts([scale / float(step) for scale in scales], largest, top) == parts
+    again = odd_parts([scale / float(step) for scale in scales], largest, top)
+    moved = min(ratio * parts for ratio in ratios) >= FEWEST  # others are left as they are
+    assert not moved or all(whole(scale / float(step) * again) for scale in scales)  # nothing moves a second time
     assert_rounds_alike(float(step), scales, codes, top, parts)
 
 
