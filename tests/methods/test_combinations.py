@@ -1,4 +1,4 @@
-"""BWRF, PEGE, AdaQAT and distillation together: compiled, in bfloat16, resumed."""
+"""Methods together: compiled, in bfloat16, resumed."""
 
 import copy
 import itertools
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bitwright import KD, quantizers
+from bitwright import CAGE, KD, SAQ, quantizers
 from bitwright.kernels import reference_only
 from bitwright.methods.adaqat import AdaQAT
 from bitwright.methods.bwrf import BWRF
@@ -16,6 +16,7 @@ from methods.nets import data, float_net, make_step, quantized, run, same_state
 
 NAMES = ("bwrf", "pege", "adaqat", "kd")
 SUBSETS = [c for n in (1, 2, 4) for c in itertools.combinations(NAMES, n)]
+SUBSETS += [("cage", "saq"), ("pege", "cage"), ("bwrf", "saq"), ("adaqat", "cage", "saq")]
 
 
 def build(names, compiled=None, double=False, **options):
@@ -28,6 +29,8 @@ def build(names, compiled=None, double=False, **options):
         "pege": lambda: PEGECurriculum(model, total_steps=10),
         "adaqat": lambda: AdaQAT(model, 10, every=1, warmup_steps=1, eta=1.0, lam=0.3, granularity="layer"),
         "kd": lambda: KD(partner),
+        "cage": lambda: CAGE(model, 10, lam=1.0, silence=0.1),
+        "saq": lambda: SAQ(model, 0.2),
     }
     return model, make_step(model, [makers[n]() for n in names], compiled=compiled, **options)
 

@@ -3,8 +3,10 @@
 from bitwright.methods.adaqat import AdaQAT
 from bitwright.methods.base import Batch, Method
 from bitwright.methods.bwrf import BWRF
+from bitwright.methods.cage import CAGE
 from bitwright.methods.ewgs import EWGSDelta
 from bitwright.methods.kd import KD
 from bitwright.methods.pege import PEGECurriculum
+from bitwright.methods.saq import SAQ
 
-__all__ = ["BWRF", "KD", "AdaQAT", "Batch", "EWGSDelta", "Method", "PEGECurriculum"]
+__all__ = ["BWRF", "CAGE", "KD", "SAQ", "AdaQAT", "Batch", "EWGSDelta", "Method", "PEGECurriculum"]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
-from bitwright.methods import BWRF, KD, AdaQAT, EWGSDelta, Method, PEGECurriculum
+from bitwright.methods import BWRF, CAGE, KD, SAQ, AdaQAT, EWGSDelta, Method, PEGECurriculum
 from bitwright.training.data import Dataset
 from bitwright.training.lookup import close_matches
 
@@ -61,6 +61,14 @@ def _adaqat(options: dict[str, Any], context: MethodContext) -> Method:
     return AdaQAT(context.model, context.steps, context.cost_table(), **options)
 
 
+def _cage(options: dict[str, Any], context: MethodContext) -> Method:
+    return CAGE(context.model, context.steps, **options)
+
+
+def _saq(options: dict[str, Any], context: MethodContext) -> Method:
+    return SAQ(context.model, **options)
+
+
 def _ewgs(options: dict[str, Any], context: MethodContext) -> Method:
     device = context.example.device
 
@@ -76,6 +84,8 @@ METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
     "pege": _pege,
     "adaqat": _adaqat,
     "ewgs": _ewgs,
+    "cage": _cage,
+    "saq": _saq,
 }
 
 
