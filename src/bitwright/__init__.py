@@ -7,7 +7,7 @@ from bitwright.calibrate import calibrate
 from bitwright.compiled import compile_model
 from bitwright.coverage import Coverage, coverage
 from bitwright.errors import BitwrightError
-from bitwright.methods import BWRF, CAGE, KD, SAQ, AdaQAT, Batch, EWGSDelta, Method, PEGECurriculum
+from bitwright.methods import BWRF, CAGE, KD, SAQ, AdaQAT, Allocation, Batch, EWGSDelta, Method, PEGECurriculum
 from bitwright.prepare import describe, prepare, quant_layers, quantizers, split_parameters
 from bitwright.quantizer import Quantizer
 from bitwright.rules import Rule, rules
@@ -27,6 +27,7 @@ __all__ = [
     "KD",
     "SAQ",
     "AdaQAT",
+    "Allocation",
     "Batch",
     "BitwrightError",
     "Coverage",

@@ -1,6 +1,7 @@
 """Training methods, one folder each: what else happens in a training step."""
 
 from bitwright.methods.adaqat import AdaQAT
+from bitwright.methods.allocation import Allocation
 from bitwright.methods.base import Batch, Method
 from bitwright.methods.bwrf import BWRF
 from bitwright.methods.cage import CAGE
@@ -9,4 +10,4 @@ from bitwright.methods.kd import KD
 from bitwright.methods.pege import PEGECurriculum
 from bitwright.methods.saq import SAQ
 
-__all__ = ["BWRF", "CAGE", "KD", "SAQ", "AdaQAT", "Batch", "EWGSDelta", "Method", "PEGECurriculum"]
+__all__ = ["BWRF", "CAGE", "KD", "SAQ", "AdaQAT", "Allocation", "Batch", "EWGSDelta", "Method", "PEGECurriculum"]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
-from bitwright.methods import BWRF, CAGE, KD, SAQ, AdaQAT, EWGSDelta, Method, PEGECurriculum
+from bitwright.methods import BWRF, CAGE, KD, SAQ, AdaQAT, Allocation, EWGSDelta, Method, PEGECurriculum
 from bitwright.training.data import Dataset
 from bitwright.training.lookup import close_matches
 
@@ -61,6 +61,10 @@ def _adaqat(options: dict[str, Any], context: MethodContext) -> Method:
     return AdaQAT(context.model, context.steps, context.cost_table(), **options)
 
 
+def _allocation(options: dict[str, Any], context: MethodContext) -> Method:
+    return Allocation(context.model, context.cost_table(), **options)
+
+
 def _cage(options: dict[str, Any], context: MethodContext) -> Method:
     return CAGE(context.model, context.steps, **options)
 
@@ -83,6 +87,7 @@ METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
     "bwrf": _bwrf,
     "pege": _pege,
     "adaqat": _adaqat,
+    "allocation": _allocation,
     "ewgs": _ewgs,
     "cage": _cage,
     "saq": _saq,

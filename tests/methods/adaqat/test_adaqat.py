@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitwright import BitwrightError, QuantizerSpec, Rule, Step, calibrate, prepare, quant_layers, quantizers, rules
-from bitwright.costs import cost_table
+from bitwright.costs import LayerCost, cost_table
 from bitwright.grids.lsq import normal_step
-from bitwright.methods.adaqat import AdaQAT, LayerCost
+from bitwright.methods.adaqat import AdaQAT
 from bitwright.training.models.resnet import CifarResNet
 from methods.nets import data, float_net, make_step, quantized, run, same_state
 

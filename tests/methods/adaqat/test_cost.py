@@ -5,14 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitwright import BitwrightError
-from bitwright.methods.adaqat.cost import Row, meet_budget, near, parse_budget, total
-
-
-def test_costs_are_sums_over_rows():
-    rows = [Row(100, 40, None, 8, 8), Row(1000, 80, 0, None, None), Row(500, 16, 1, None, 32), Row(7, 8, None, 32, 32)]
-    pairs = [(3, 4), (2, 5)]
-    assert total(rows, "bitops", pairs) == 100 * 64 + 1000 * 12 + 500 * 2 * 32 + 7 * 1024
-    assert total(rows, "size", pairs) == 40 + 80 * 3 / 8 + 16 * 2 / 8 + 32
+from bitwright.costs.assignment import Row, total
+from bitwright.methods.adaqat.cost import meet_budget, near
 
 
 def estimate(pairs, curvature):
@@ -57,17 +51,3 @@ def test_without_an_assignment_within_a_hundredth_the_best_one_inside_is_taken()
 def test_a_budget_that_no_assignment_meets_is_refused():
     with pytest.raises(BitwrightError, match="no assignment of 2 to 8 bits lies inside the budget"):
         meet_budget([Row(100, 100, 0, None, None)], [(4, 4)], [(1.0, 1.0)], {"bitops": 399.0}, 2)
-
-
-def test_amounts_are_numbers_or_text_with_a_unit():
-    assert parse_budget({"bitops": "0.51G", "size": "120KB"}) == {"bitops": 0.51e9, "size": 120e3}
-    assert parse_budget({"bitops": "0.5e9", "size": "1.5 MiB"}) == {"bitops": 0.5e9, "size": 1.5 * 1024**2}
-    assert parse_budget({"bitops": 5, "size": "64 B"}) == {"bitops": 5.0, "size": 64.0}
-    assert parse_budget(None) == {}
-
-
-@pytest.mark.parametrize("budget", [{"latency": 1}, {"size": 0}, {"size": "-4KB"}, {"bitops": "many"}, {"size": "3XB"}])
-def test_other_amounts_are_refused(budget):
-    with pytest.raises(BitwrightError, match="adaqat: budget") as caught:
-        parse_budget(budget)
-    assert "\n" not in str(caught.value)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.constraints import Constraint
-from bitwright.costs import CostTable
+from bitwright.costs import CostTable, LayerCost, parse_budget
+from bitwright.costs.assignment import make_rows, total
 from bitwright.errors import BitwrightError
-from bitwright.methods.adaqat.cost import LayerCost, make_rows, meet_budget, parse_budget, total
-from bitwright.methods.adaqat.groups import ROLES, learned_layers, make_group, pair_of
+from bitwright.methods.adaqat.cost import meet_budget
+from bitwright.methods.adaqat.groups import make_group, pair_of
 from bitwright.methods.adaqat.rule import Width, curvatures, relative_update, update
+from bitwright.methods.adjustable import ROLES, adjustable_layers
 from bitwright.methods.base import Method
 from bitwright.methods.probe import forward_fast, untouched, unwrap
 from bitwright.spec import MAX_BITS
@@ -104,13 +106,13 @@ class AdaQAT(Method):
         self.model = unwrap(model)
         self.lam, self.every, self.fraction, self.floor = lam, every, probe_fraction, floor
         self.freeze_after, self.warmup = freeze_after, warmup
-        self.budget = parse_budget(budget)
+        self.budget = parse_budget(budget, "adaqat")
         require(not self.budget or costs is not None, "costs", costs, "one record per layer, which a budget needs")
-        layers = learned_layers(self.model, list(fixed))
+        layers = adjustable_layers(self.model, fixed, "adaqat")
         named = [("network", list(layers))] if granularity == "network" else [(n, [n]) for n in layers]
         self.groups = [make_group(name, [layers[m] for m in members], start, floor) for name, members in named]
         index = {member: i for i, (_, members) in enumerate(named) for member in members}
-        self.rows = [] if costs is None else make_rows(costs, self.model, index)
+        self.rows = [] if costs is None else make_rows(costs, self.model, index, "adaqat")
         self.shares = self._shares()
         visits = (self.deadline - warmup) / (every * len(self.groups))
         way = 2.0 * ((start or MAX_BITS) - floor) / max(visits, 1.0)

@@ -1,0 +1,47 @@
+"""Whose bits a method may change."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from bitwright.errors import BitwrightError
+from bitwright.layers import SharedInput
+from bitwright.prepare import quant_layers
+from bitwright.quantizer import Quantizer
+from bitwright.rules import matches, weight_layers
+
+ROLES = ("weight", "input")
+
+
+def adjustable_layers(model: nn.Module, fixed: Sequence[str], owner: str) -> dict[str, dict[str, list[Quantizer]]]:
+    """{layer: {"weight": quantizers, "input": quantizers}} of every layer that no pattern of `fixed` names.
+
+    owner: the method that asks, for messages.
+
+    Raises:
+        BitwrightError: a pattern names no layer, a layer shares its input's quantizer, or none is left.
+    """
+    ordered = weight_layers(model)
+    ends = {"first": ordered[0], "last": ordered[-1]} if ordered else {}
+    for pattern in fixed:
+        if not any(matches(pattern, n, m, ends) for n, m in model.named_modules()):
+            raise BitwrightError(f"{owner}: fixed: {pattern!r} names no layer of the model")
+    learned: dict[str, dict[str, list[Quantizer]]] = {}
+    for name, layer in quant_layers(model).items():
+        if any(matches(p, name, layer, ends) for p in fixed):
+            continue
+        if isinstance(getattr(layer, "input_quantizer", None), SharedInput):
+            raise BitwrightError(
+                f"{owner}: {name} shares the quantizer of its input with a sum, whose bits are nobody's to learn; "
+                "use topology: res8 or fpres"
+            )
+        quantizers = layer.quantizers()
+        roles = {
+            "weight": [q for slot, q in quantizers.items() if slot in layer.weight_slots],
+            "input": [q for slot, q in quantizers.items() if slot not in layer.weight_slots],
+        }
+        if roles["weight"] or roles["input"]:
+            learned[name] = roles
+    if not learned:
+        raise BitwrightError(f"{owner}: no quantized layer is left to learn; prepare the model, or fix fewer layers")
+    return learned
