@@ -48,8 +48,12 @@ def test_the_gradient_is_that_at_the_perturbed_quantized_weight():
     result = step(x, target)
     torch.testing.assert_close(before - layer.weight, expected, rtol=1e-10, atol=1e-12)
     assert result.loss.item() == pytest.approx(F.mse_loss(x @ v.T, target).item())
-    metrics = {}
+    metrics, other = {}, SAQ(linear(), rho)
+    other.load_state_dict(step.methods[0].state_dict())
     step.end_epoch(metrics)
+    resumed = {}
+    other.after_epoch(resumed)
+    assert metrics == resumed
     at = F.mse_loss(x @ (v + rho * g / g.norm()).T, target) - F.mse_loss(x @ v.T, target)
     assert metrics["saq/sharpness"] == pytest.approx(at.item())
 

@@ -115,3 +115,9 @@ class SAQ(Method):
     def after_epoch(self, metrics: dict[str, Any]) -> None:
         metrics["saq/sharpness"] = float(self.sharpness) / max(self.count, 1)
         self.sharpness, self.count = 0.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sharpness": float(self.sharpness), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sharpness, self.count = float(state["sharpness"]), int(state["count"])
