@@ -6,8 +6,21 @@ from bitwright.methods.base import Batch, Method
 from bitwright.methods.bwrf import BWRF
 from bitwright.methods.cage import CAGE
 from bitwright.methods.ewgs import EWGSDelta
+from bitwright.methods.gaqat import GAQAT
 from bitwright.methods.kd import KD
 from bitwright.methods.pege import PEGECurriculum
 from bitwright.methods.saq import SAQ
 
-__all__ = ["BWRF", "CAGE", "KD", "SAQ", "AdaQAT", "Allocation", "Batch", "EWGSDelta", "Method", "PEGECurriculum"]
+__all__ = [
+    "BWRF",
+    "CAGE",
+    "GAQAT",
+    "KD",
+    "SAQ",
+    "AdaQAT",
+    "Allocation",
+    "Batch",
+    "EWGSDelta",
+    "Method",
+    "PEGECurriculum",
+]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
-from bitwright.methods import BWRF, CAGE, KD, SAQ, AdaQAT, Allocation, EWGSDelta, Method, PEGECurriculum
+from bitwright.methods import BWRF, CAGE, GAQAT, KD, SAQ, AdaQAT, Allocation, EWGSDelta, Method, PEGECurriculum
 from bitwright.training.data import Dataset
 from bitwright.training.lookup import close_matches
 
@@ -73,6 +73,10 @@ def _saq(options: dict[str, Any], context: MethodContext) -> Method:
     return SAQ(context.model, **options)
 
 
+def _gaqat(options: dict[str, Any], context: MethodContext) -> Method:
+    return GAQAT(context.model, **options)
+
+
 def _ewgs(options: dict[str, Any], context: MethodContext) -> Method:
     device = context.example.device
 
@@ -91,6 +95,7 @@ METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
     "ewgs": _ewgs,
     "cage": _cage,
     "saq": _saq,
+    "gaqat": _gaqat,
 }
 
 

@@ -3,26 +3,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from bitwright import KD, BitwrightError, QuantizerSpec, Rule, calibrate, prepare, quant_layers
-from bitwright.methods.saq import SAQ, perturbations
+from bitwright.methods.saq import SAQ
 from methods.nets import data, float_net, make_step, quantized, run, same_state
-
-
-@given(st.integers(0, 2**31), st.floats(0.0, 10.0), st.integers(1, 4))
-def test_all_perturbations_together_have_the_length_rho(seed, rho, count):
-    generator = torch.Generator().manual_seed(seed)
-    gradients = [torch.randn(3, i + 1, generator=generator, dtype=torch.float64) for i in range(count)]
-    moves = perturbations(gradients, rho)
-    assert torch.cat([m.flatten() for m in moves]).norm().item() == pytest.approx(rho, rel=1e-9, abs=1e-12)
-    assert all((m * g >= 0).all() for m, g in zip(moves, gradients, strict=True))
-
-
-def test_without_any_gradient_nothing_moves():
-    assert torch.equal(perturbations([torch.zeros(3)], 1.0)[0], torch.zeros(3))
 
 
 def linear(bits=3):
@@ -61,10 +46,10 @@ def test_the_gradient_is_that_at_the_perturbed_quantized_weight():
 def test_norms_are_perturbed_along_and_put_back():
     model = quantized(float_net(), bits=3)
     method = SAQ(model, 0.5)
-    assert {p.shape for p in method.affine} == {p.shape for n, p in model.named_parameters() if ".bn" in f".{n}"}
+    assert {p.shape for p in method.passes.affine} == {p.shape for n, p in model.named_parameters() if ".bn" in f".{n}"}
     step = make_step(model, [method], lr=0.0)
     seen = []
-    model.fc.register_forward_pre_hook(lambda *_: seen.append([p.detach().clone() for p in method.affine]))
+    model.fc.register_forward_pre_hook(lambda *_: seen.append([p.detach().clone() for p in method.passes.affine]))
     before = copy.deepcopy(dict(model.named_parameters()))
     run(step, 0, 1)
     assert len(seen) == 2
@@ -135,4 +120,4 @@ def test_two_methods_that_own_the_backward_pass_and_bad_values_are_refused():
         SAQ(model, -1)
     with pytest.raises(BitwrightError, match="no weight of the model is quantized"):
         SAQ(float_net())
-    assert len(SAQ(model).slots) == len(quant_layers(model))
+    assert len(SAQ(model).passes.slots) == len(quant_layers(model))
