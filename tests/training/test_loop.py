@@ -216,6 +216,25 @@ def test_method_options_are_checked(tmp_path):
         train(tmp_path, PARTNER, "methods=[{kd: {temprature: 3}}]")
 
 
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ("[{kd: {temperature: -1}}]", r"tiny.yaml: kd: weight=1.0, temperature=-1 is not accepted"),
+        ("[saq, gaqat]", r"tiny.yaml: methods: saq and gaqat both own the backward pass"),
+        ("[pege]", r"tiny.yaml: pege: no quantizer of the model uses the estimator 'pege'"),
+        ("[{bwrf: {blocks: [layer1, nowhere]}}]", r"tiny.yaml: bwrf: the model has no module 'nowhere'"),
+        ("[{adaqat: {budget: {bitops: 10}}}]", r"tiny.yaml: adaqat: budget.bitops=10 cannot be met"),
+        ("[{allocation: {budget: {size: 10}}}]", r"tiny.yaml: allocation: budget.size=10 cannot be met"),
+        ("[{cage: {lam: -1}}]", r"tiny.yaml: cage: .*lam=-1"),
+    ],
+)
+def test_methods_are_refused_before_a_partner_is_trained(tmp_path, methods, message):
+    with pytest.raises(BitwrightError, match=message):
+        train(tmp_path, PARTNER, f"methods={methods}")
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "run").exists()
+
+
 def test_bad_recipes_leave_no_folder(tmp_path):
     with pytest.raises(BitwrightError):
         train(tmp_path, "rules=[{match: nothing}]")

@@ -17,6 +17,16 @@ def test_every_name_trains_and_leaves_its_losses(tmp_path):
     assert summary["methods"] == {}
 
 
+@pytest.mark.parametrize("two_passes", ["saq", "gaqat"])
+def test_the_rest_of_the_family_trains_together(tmp_path, two_passes):
+    methods = f"[kd, {{{two_passes}: {{rho: 0.1}}}}, cage, {{allocation: {{budget: {{size: 4KB}}, steps: 2}}}}]"
+    summary = runs.train(tmp_path, PARTNER, "bits=w8a8", f"methods={methods}", "schedule.epochs=2")
+    metric = {"saq": "saq/sharpness", "gaqat": "gaqat/frozen"}[two_passes]
+    assert {metric, "cage/distance", "allocation/weight_bits"} <= runs.rows_of(tmp_path)[-1].keys()
+    assert summary["size_bytes"] == summary["methods"]["allocation"]["cost"]["size"] <= 4000
+    assert len(set(summary["weight_bits"].values())) > 1
+
+
 def test_ewgs_moves_its_factor_from_the_runs_own_batches(tmp_path):
     runs.train(tmp_path, PARTNER, "estimator=ewgs", "methods=[{ewgs: {every: 1, iterations: 2}}]", "schedule.epochs=1")
     assert runs.rows_of(tmp_path)[-1]["ewgs/delta"] >= 0

@@ -32,7 +32,7 @@ from bitwright.training.events import EventLog
 from bitwright.training.folder import RunFolder, load_state
 from bitwright.training.interrupt import Interrupted, StopSignals
 from bitwright.training.meter import Meter
-from bitwright.training.methods import MethodContext, make_methods
+from bitwright.training.methods import make_methods, method_context
 from bitwright.training.optim import lr_factor, make_optimizer, set_lr
 from bitwright.training.partner import Partner
 from bitwright.training.recipe import Recipe
@@ -143,19 +143,10 @@ class Trainer:
         """Optimizer, methods, average and step around the model as it is now."""
         options = self.recipe.optimizer
         self.optimizer = make_optimizer(self.model, options)
-        self.total_steps = self.recipe.schedule.epochs * self.steps_per_epoch // options.accumulate
         self.warmup_steps = round(self.recipe.schedule.warmup_epochs * self.steps_per_epoch / options.accumulate)
-        context = MethodContext(
-            model=self.model,
-            partner=None if self.partner is None else self.partner.model,
-            loss_fn=self._cross_entropy,
-            dataset=self.dataset,
-            batch_size=self.batch_size,
-            example=self.example,
-            steps=self.total_steps,
-            epochs=self.recipe.schedule.epochs,
-            seed=self.recipe.seed,
-        )
+        partner = None if self.partner is None else self.partner.model
+        context = method_context(self.recipe, self.dataset, self.model, partner, self.example, self._cross_entropy)
+        self.total_steps = context.steps
         with blame(self.recipe.source):
             methods = make_methods(self.recipe.methods, context)
             self.step = Step(

@@ -10,6 +10,7 @@ from bitwright.errors import BitwrightError
 from bitwright.methods import BWRF, CAGE, GAQAT, KD, SAQ, AdaQAT, Allocation, EWGSDelta, Method, PEGECurriculum
 from bitwright.training.data import Dataset
 from bitwright.training.lookup import close_matches
+from bitwright.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,22 @@ class MethodContext:
         if self.partner is None:
             raise BitwrightError(f"methods: {method} learns from a float partner; add 'partner:' to the recipe")
         return self.partner
+
+
+def method_context(
+    recipe: Recipe,
+    dataset: Dataset,
+    model: nn.Module,
+    partner: nn.Module | None,
+    example: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+) -> MethodContext:
+    """The context of a run of `recipe`."""
+    schedule = recipe.schedule
+    steps = schedule.epochs * dataset.steps_per_epoch(schedule.batch_size) // recipe.optimizer.accumulate
+    return MethodContext(
+        model, partner, loss_fn, dataset, schedule.batch_size, example, steps, schedule.epochs, recipe.seed
+    )
 
 
 def _kd(options: dict[str, Any], context: MethodContext) -> Method:

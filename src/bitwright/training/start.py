@@ -11,8 +11,9 @@ from bitwright.training.memory import keep_freed_memory
 from bitwright.training.partner import get_partner
 from bitwright.training.recipe import Recipe
 from bitwright.training.recipe_file import dump_recipe
+from bitwright.training.rehearsal import rehearse
 from bitwright.training.report import Reporter
-from bitwright.training.setup import choose_device, float_model, quantize, recipe_data, set_threads
+from bitwright.training.setup import choose_device, recipe_data, set_threads
 
 
 def train(
@@ -20,7 +21,7 @@ def train(
 ) -> dict[str, Any]:
     """Train `recipe` in the new folder `out`; returns the summary.
 
-    Data, model and rules are checked before the folder is touched.
+    Data, model, rules and methods are checked before the folder is touched.
 
     Raises: see `Trainer.run`; BitwrightError for a folder that holds a run already, unless `overwrite`, or in which
         another process trains.
@@ -28,7 +29,7 @@ def train(
     set_threads(recipe)
     choose_device(recipe)
     dataset = recipe_data(recipe, cache)
-    quantize(recipe, float_model(recipe, dataset, fresh=True), dataset)
+    rehearse(recipe, dataset)
     folder = RunFolder(out)
     with folder.alone():
         folder.claim(overwrite=overwrite)

@@ -1,0 +1,28 @@
+"""What can be refused without trained weights is refused before anything is trained or written."""
+
+import torch
+import torch.nn.functional as F
+
+from bitwright.step import Step
+from bitwright.training.data import Dataset
+from bitwright.training.methods import make_methods, method_context
+from bitwright.training.recipe import Recipe
+from bitwright.training.setup import blame, float_model, quantize
+
+
+def rehearse(recipe: Recipe, dataset: Dataset) -> None:
+    """Build model, rules and methods once, on the CPU and without weights: a float partner may take hours to train.
+
+    Raises:
+        BitwrightError: as the parts of a run do, naming the recipe.
+    """
+    model = quantize(recipe, float_model(recipe, dataset, fresh=True), dataset)
+    if not recipe.methods:
+        return
+    partner = None if recipe.partner is None else float_model(recipe, dataset, fresh=True).eval()
+    example = torch.zeros(2, dataset.in_channels, dataset.image_size, dataset.image_size)
+    with blame(recipe.source):
+        methods = make_methods(
+            recipe.methods, method_context(recipe, dataset, model, partner, example, F.cross_entropy)
+        )
+        Step(model, F.cross_entropy, torch.optim.SGD(model.parameters()), methods)
