@@ -1,10 +1,6 @@
 import copy
 import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -368,43 +364,6 @@ def test_a_state_that_is_not_the_models_is_refused():
     state["widths"][0]["real"] = 5.0
     with pytest.raises(BitwrightError, match="where the checkpoint says 5"):
         AdaQAT(model, 100).load_state_dict(state)
-
-
-RANK = """
-import sys, torch
-sys.path[:0] = sys.argv[3:]
-import torch.distributed as dist
-from methods.nets import data, float_net, make_step, quantized
-from bitwright.methods.adaqat import AdaQAT
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
-model = quantized(float_net(), bits=4)
-method = AdaQAT(model, 100, every=1, warmup_steps=0, eta=2.0, lam=0.01)
-step = make_step(model, [method])
-for i in range(6):
-    step(*data(seed=10 * i + rank))
-print([w.real for w in method.widths()], step.result.loss.item())
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_distributed_ranks_with_different_data_agree_on_every_width(tmp_path):
-    here = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(r), f"file://{tmp_path}/meet", here],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for r in (0, 1)
-    ]
-    one, two = (p.communicate(timeout=300)[0].strip().rpartition("] ") for p in ranks)
-    assert one[0] == two[0]
-    assert "8.0" not in one[0]
-    assert one[2] != two[2]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from bitwright.methods.adaqat.rule import Width, curvatures, relative_update, up
 from bitwright.methods.adjustable import ROLES, adjustable_layers
 from bitwright.methods.base import Method
 from bitwright.methods.probe import forward_fast, untouched, unwrap
+from bitwright.methods.ranks import mean_over_ranks
 from bitwright.spec import MAX_BITS
 
 GRANULARITIES = ("network", "layer")
@@ -175,7 +176,8 @@ class AdaQAT(Method):
         group = self.groups[index]
         moving = [w for w in group.values() if not w.frozen]
         probed = [w.bits - 1 if not self.budget else min(w.bits - 1, self.floor) for w in moving]
-        losses = self._agree(torch.stack([self._loss(step, None, 0), *map(partial(self._loss, step), moving, probed)]))
+        measured = torch.stack([self._loss(step, None, 0), *map(partial(self._loss, step), moving, probed)])
+        losses = mean_over_ranks(measured).tolist()  # so that all make the same move
         self._drive()
         if not all(math.isfinite(v) for v in losses):
             return
@@ -233,14 +235,6 @@ class AdaQAT(Method):
                 for quantizer in width.quantizers:
                     quantizer.set_bits(bits)
             return step.loss_fn(forward_fast(step.model, x[:count]), y[:count]).float()
-
-    @staticmethod
-    def _agree(losses: Tensor) -> list[float]:
-        """The mean over distributed ranks, so that all make the same move."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(losses)
-            losses = losses / torch.distributed.get_world_size()
-        return losses.tolist()
 
     def _drive(self) -> None:
         """Move the multipliers; each target is approached log-linearly over 60 % of the exploration."""

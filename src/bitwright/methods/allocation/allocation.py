@@ -13,6 +13,7 @@ from bitwright.methods.adjustable import ROLES, adjustable_layers
 from bitwright.methods.allocation.sensitivity import sensitivities
 from bitwright.methods.base import Method
 from bitwright.methods.probe import unwrap
+from bitwright.methods.ranks import mean_over_ranks
 from bitwright.spec import MAX_BITS
 
 
@@ -81,10 +82,7 @@ class Allocation(Method):
         places = [layer[role] for layer in self.layers.values() for role in ROLES]
         with step.autocast(x.device):
             found = sensitivities(self.model, x, places, self.candidates)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(found)
-            found = found / torch.distributed.get_world_size()
-        self.measured += found.cpu().view_as(self.measured) / self.needed
+        self.measured += mean_over_ranks(found).cpu().view_as(self.measured) / self.needed
         if self.steps == self.needed:
             self._apply(self._solved())
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bitwright.errors import BitwrightError
 from bitwright.methods.base import Method
 from bitwright.methods.probe import unwrap
+from bitwright.methods.ranks import mean_over_ranks
 from bitwright.methods.two_pass import TwoPass
 from bitwright.prepare import quantizers
 
@@ -56,7 +57,7 @@ class GAQAT(Method):
 
     def backward(self, step: Any) -> None:
         task, _ = self.passes.backward(step, self.rho, list(self.scales.values()))
-        for (name, scale), gradient in zip(self.scales.items(), task, strict=True):
+        for (name, scale), gradient in zip(self.scales.items(), map(mean_over_ranks, task), strict=True):
             routed = self.gates[name] * gradient
             scale.grad = routed if scale.grad is None else scale.grad + routed
             self.present[name] = self.present.get(name, 0.0) + gradient
