@@ -21,7 +21,7 @@ from bitwright.errors import BitwrightError
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("grid", ["lsq", "lsq+", "pact", "dorefa", "sat", "minmax"])
+@pytest.mark.parametrize("grid", ["lsq", "lsq+", "pact", "dorefa", "sat", "minmax", "tqt"])
 def test_every_grid_at_every_width_in_the_runtime(grid, bits, tmp_path):
     model = mixed_net(grid, bits)
     snap_biases(model, torch.randn(2, 3, 8, 8))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from making import make_quantizer
 
-GRIDS = ["lsq", "lsq+", "pact", "dorefa", "sat", "minmax"]
+GRIDS = ["lsq", "lsq+", "pact", "dorefa", "sat", "minmax", "tqt"]
 
 finite = st.floats(-1e4, 1e4, allow_nan=False, width=32)
 tensors = st.lists(finite, min_size=6, max_size=24).map(lambda v: torch.tensor(v[: len(v) // 3 * 3]).view(1, 3, -1))
@@ -75,7 +75,7 @@ def test_inside_the_range_the_error_is_at_most_half_a_step(choice, x):
 @settings(max_examples=200, deadline=None)
 @given(choices, tensors)
 def test_quantizing_twice_changes_nothing(choice, x):
-    if choice[0] in ("dorefa", "sat", "minmax") and choice[2] == "weight":
+    if choice[0] in ("dorefa", "sat", "minmax", "tqt") and choice[2] == "weight":
         return  # their range follows the tensor itself
     q, x = built(choice, x)
     once = q(x).detach()

@@ -14,6 +14,7 @@ from bitwright.grids.lsq_plus import LSQPlus
 from bitwright.grids.minmax import MinMax
 from bitwright.grids.pact import PACT
 from bitwright.grids.sat import SATWeight, sat_input
+from bitwright.grids.tqt import TQT
 
 GRIDS: dict[str, dict[str, Any]] = {
     "lsq": {"weight": LSQ, "input": LSQ},
@@ -22,12 +23,14 @@ GRIDS: dict[str, dict[str, Any]] = {
     "dorefa": {"weight": DoReFa, "input": DoReFa},
     "sat": {"weight": SATWeight, "input": sat_input},
     "minmax": {"weight": MinMax, "input": MinMax},
+    "tqt": {"weight": TQT, "input": TQT},
 }
 
 __all__ = [
     "GRIDS",
     "LSQ",
     "PACT",
+    "TQT",
     "Affine",
     "CodeRange",
     "DoReFa",

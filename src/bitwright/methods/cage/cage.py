@@ -50,7 +50,7 @@ def latent_weights(model: nn.Module) -> dict[str, tuple[nn.Parameter, Quantizer]
             if isinstance(quantizer.grid, DoReFa):
                 raise BitwrightError(
                     f"cage: the grid {quantizer.spec.grid!r} of {name} is that of a transformed weight, to which the "
-                    "weight itself is not near; use lsq, lsq_plus, minmax or pact"
+                    "weight itself is not near; use lsq, lsq+, pact, tqt or minmax"
                 )
             found.setdefault(id(weight), (f"{name}.{slot}" if name else slot, weight, quantizer))
     return {name: (weight, quantizer) for name, weight, quantizer in found.values()}

@@ -48,7 +48,7 @@ class GAQAT(Method):
         found = {f"{n}.{k}": p for n, q in quantizers(unwrap(model)).items() for k, p in q.grid.named_parameters()}
         self.scales = {name: p for name, p in found.items() if p.requires_grad}
         if not self.scales:
-            raise BitwrightError("gaqat: no grid of the model learns a scale; use lsq, lsq_plus or pact")
+            raise BitwrightError("gaqat: no grid of the model learns a scale; use lsq, lsq+, pact or tqt")
         self.rho, self.window, self.threshold = rho, window, threshold
         self.passes = TwoPass(model, "gaqat")
         self.gates = {name: torch.ones_like(p) for name, p in self.scales.items()}
