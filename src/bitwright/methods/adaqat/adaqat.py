@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.constraints import Constraint
 from bitwright.costs import CostTable, LayerCost, parse_budget
 from bitwright.costs.assignment import make_rows, total
 from bitwright.errors import BitwrightError
-from bitwright.methods.adaqat.cost import meet_budget
+from bitwright.methods.adaqat.budget import Budget, meet_budget
 from bitwright.methods.adaqat.groups import make_group, pair_of
 from bitwright.methods.adaqat.rule import Width, curvatures, relative_update, update
 from bitwright.methods.adjustable import ROLES, adjustable_layers
@@ -107,8 +106,8 @@ class AdaQAT(Method):
         self.model = unwrap(model)
         self.lam, self.every, self.fraction, self.floor = lam, every, probe_fraction, floor
         self.freeze_after, self.warmup = freeze_after, warmup
-        self.budget = parse_budget(budget, "adaqat")
-        require(not self.budget or costs is not None, "costs", costs, "one record per layer, which a budget needs")
+        limits = parse_budget(budget, "adaqat")
+        require(not limits or costs is not None, "costs", costs, "one record per layer, which a budget needs")
         layers = adjustable_layers(self.model, fixed, "adaqat")
         named = [("network", list(layers))] if granularity == "network" else [(n, [n]) for n in layers]
         self.groups = [make_group(name, [layers[m] for m in members], start, floor) for name, members in named]
@@ -117,12 +116,12 @@ class AdaQAT(Method):
         self.shares = self._shares()
         visits = (self.deadline - warmup) / (every * len(self.groups))
         way = 2.0 * ((start or MAX_BITS) - floor) / max(visits, 1.0)
-        self.eta = eta if eta is not None else (min(1.0, way) if self.budget else 0.1)
-        self.constraints = {k: Constraint(v, rule, weight=lam, rate=lam) for k, v in self.budget.items()}
-        self._check_budget()
+        self.eta = eta if eta is not None else (min(1.0, way) if limits else 0.1)
+        self.budget = Budget(limits, self.rows, rule, lam)
+        least = [pair_of(group, floor) for group in self.groups]
+        self.budget.check([next(iter(group.values())).name for group in self.groups], least, floor)
         self.steps, self.turn, self.probes, self.done = 0, 0, 0, False
         self.path: list[tuple[int, str, str, int]] = []
-        self.from_costs: dict[str, float] = {}
         # A model that was loaded before gets its own back in `load_state_dict`, to the last bit.
         self._loaded = [(q, copy.deepcopy(q.state_dict())) for w in self.widths() for q in w.quantizers]
         for width in self.widths():
@@ -136,26 +135,17 @@ class AdaQAT(Method):
             return [1.0 / len(macs)] * len(macs)
         return [m / sum(macs) for m in macs]
 
-    def _check_budget(self) -> None:
-        charged = {row.group for row in self.rows}
-        for i, group in enumerate(self.groups):
-            if self.budget and i not in charged:
-                raise BitwrightError(f"adaqat: costs has no record of {next(iter(group.values())).name!r}")
-        least = [pair_of(group, self.floor) for group in self.groups]
-        for kind, limit in self.budget.items():
-            if (cost := total(self.rows, kind, least)) > limit:
-                raise BitwrightError(
-                    f"adaqat: budget.{kind}={limit:g} cannot be met: with all learned layers at {self.floor} bits "
-                    f"it is {cost:g}"
-                )
-
     def widths(self) -> list[Width]:
         """Every learned width: by group, weights before inputs."""
         return [w for group in self.groups for w in group.values()]
 
     def cost(self, kind: str) -> float:
         """ "bitops" or "size" (bytes) of the whole network at the present bits."""
-        return total(self.rows, kind, [pair_of(g) for g in self.groups])
+        return total(self.rows, kind, self._pairs())
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        """(weight bits, input bits) of every group now."""
+        return [pair_of(g) for g in self.groups]
 
     def after_step(self, step: Any) -> None:
         self._loaded = []
@@ -178,7 +168,8 @@ class AdaQAT(Method):
         probed = [w.bits - 1 if not self.budget else min(w.bits - 1, self.floor) for w in moving]
         measured = torch.stack([self._loss(step, None, 0), *map(partial(self._loss, step), moving, probed)])
         losses = mean_over_ranks(measured).tolist()  # so that all make the same move
-        self._drive()
+        # Over 60 % of the exploration: then the controller does not wind up.
+        self.budget.drive(self._pairs(), (self.steps - self.warmup) / (0.6 * (self.deadline - self.warmup)))
         if not all(math.isfinite(v) for v in losses):
             return
         pair = pair_of(group)
@@ -210,11 +201,10 @@ class AdaQAT(Method):
         """What one bit of `width` costs: the other operand's bits, or lambda times the share of the budgets."""
         if not self.budget:
             return float(pair[1] if width.role == "weight" else pair[0])
-        now = [pair_of(g) for g in self.groups]
+        now = self._pairs()
         less = list(now)
         less[index] = (pair[0] - 1, pair[1]) if width.role == "weight" else (pair[0], pair[1] - 1)
-        gaps = {k: total(self.rows, k, now) - total(self.rows, k, less) for k in self.budget}
-        return sum(c.multiplier * gaps[k] / c.target for k, c in self.constraints.items())
+        return self.budget.price(now, less)
 
     def _move(self, width: Width, real: float) -> None:
         before = width.bits
@@ -236,20 +226,11 @@ class AdaQAT(Method):
                     quantizer.set_bits(bits)
             return step.loss_fn(forward_fast(step.model, x[:count]), y[:count]).float()
 
-    def _drive(self) -> None:
-        """Move the multipliers; each target is approached log-linearly over 60 % of the exploration."""
-        progress = (self.steps - self.warmup) / (0.6 * (self.deadline - self.warmup))
-        for kind, constraint in self.constraints.items():
-            cost = self.cost(kind)
-            first = self.from_costs.setdefault(kind, cost)
-            way = max(math.log(first / constraint.target), 0.0) * max(1.0 - progress, 0.0)
-            constraint.update(cost, constraint.target * math.exp(way))
-
     def _finish(self) -> None:
         """Freeze everything; with a budget, at the nearest assignment that meets it."""
-        pairs = [pair_of(g) for g in self.groups]
+        pairs = self._pairs()
         if self.budget:
-            pairs = meet_budget(self.rows, pairs, self._curvatures(), self.budget, self.floor)
+            pairs = meet_budget(self.rows, pairs, self._curvatures(), self.budget.limits, self.floor)
         for group, pair in zip(self.groups, pairs, strict=True):
             for width in group.values():
                 bits = pair[ROLES.index(width.role)]
@@ -274,7 +255,7 @@ class AdaQAT(Method):
         metrics["adaqat/frozen"] = sum(w.frozen for w in widths) / len(widths)
         if self.rows:
             metrics.update({f"adaqat/{kind}": self.cost(kind) for kind in ("bitops", "size")})
-        metrics.update({f"adaqat/lambda_{k}": c.multiplier for k, c in self.constraints.items()})
+        metrics.update({f"adaqat/lambda_{k}": c.multiplier for k, c in self.budget.constraints.items()})
 
     def summary(self) -> dict[str, Any]:
         """Plain values: widths {layer or "network": {role: bits}}, path [[step, name, role, bits]], cost, budget,
@@ -289,7 +270,7 @@ class AdaQAT(Method):
             "widths": widths,
             "path": path,
             "cost": cost,
-            "budget": dict(self.budget),
+            "budget": dict(self.budget.limits),
             "probes": self.probes,
             "frozen": frozen,
         }
@@ -299,8 +280,7 @@ class AdaQAT(Method):
         return {
             "counters": [self.steps, self.turn, self.probes, self.done],
             "widths": [{f: getattr(w, f) for f in fields} for w in self.widths()],
-            "constraints": {k: c.state_dict() for k, c in self.constraints.items()},
-            "from_costs": dict(self.from_costs),
+            "budget": self.budget.state_dict(),
             "path": [list(p) for p in self.path],
         }
 
@@ -324,9 +304,7 @@ class AdaQAT(Method):
                     "load the model's state before the method's"
                 )
         self._loaded = []
-        for key, constraint in self.constraints.items():
-            constraint.load_state_dict(state["constraints"][key])
-        self.from_costs = dict(state["from_costs"])
+        self.budget.load_state_dict(state["budget"])
         self.path = [(s, n, r, b) for s, n, r, b in state["path"]]
 
 

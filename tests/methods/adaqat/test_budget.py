@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from bitwright import BitwrightError
 from bitwright.costs.assignment import Row, total
-from bitwright.methods.adaqat.cost import meet_budget, near
+from bitwright.methods.adaqat.budget import meet_budget, near
 
 
 def estimate(pairs, curvature):
