@@ -280,7 +280,7 @@ class AdaQAT(Method):
         return {
             "counters": [self.steps, self.turn, self.probes, self.done],
             "widths": [{f: getattr(w, f) for f in fields} for w in self.widths()],
-            "budget": self.budget.state_dict(),
+            **self.budget.state_dict(),
             "path": [list(p) for p in self.path],
         }
 
@@ -304,7 +304,7 @@ class AdaQAT(Method):
                     "load the model's state before the method's"
                 )
         self._loaded = []
-        self.budget.load_state_dict(state["budget"])
+        self.budget.load_state_dict(state)
         self.path = [(s, n, r, b) for s, n, r, b in state["path"]]
 
 

@@ -25,7 +25,7 @@ class Budget:
     def __init__(self, limits: dict[str, float], rows: Sequence[Row], rule: str, lam: float):
         self.limits, self.rows = limits, rows
         self.constraints = {k: Constraint(v, rule, weight=lam, rate=lam) for k, v in limits.items()}
-        self.start: dict[str, float] = {}
+        self.from_costs: dict[str, float] = {}
 
     def __bool__(self) -> bool:
         return bool(self.limits)
@@ -52,17 +52,18 @@ class Budget:
         """Move the multipliers; each limit is approached log-linearly as `progress` goes from 0 to 1."""
         for kind, constraint in self.constraints.items():
             cost = total(self.rows, kind, pairs)
-            first = self.start.setdefault(kind, cost)
+            first = self.from_costs.setdefault(kind, cost)
             way = max(math.log(first / constraint.target), 0.0) * max(1.0 - progress, 0.0)
             constraint.update(cost, constraint.target * math.exp(way))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"constraints": {k: c.state_dict() for k, c in self.constraints.items()}, "start": dict(self.start)}
+        states = {k: c.state_dict() for k, c in self.constraints.items()}
+        return {"constraints": states, "from_costs": dict(self.from_costs)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, constraint in self.constraints.items():
             constraint.load_state_dict(state["constraints"][key])
-        self.start = dict(state["start"])
+        self.from_costs = dict(state["from_costs"])
 
 
 def meet_budget(
