@@ -51,6 +51,7 @@ class Lowering(GraphBuilder):
     quantizers: dict[str, InputCodes] = field(default_factory=dict)
     functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
     files: dict[str, LayerFile] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
 
     def unpacked(self, layer: IntLayer, transpose: bool) -> str:
         """The integer weight (FLOAT where it does not fit INT8), stored at its own width; made once per layer."""
@@ -107,14 +108,23 @@ class Lowering(GraphBuilder):
         # to quantize the input itself (MatMulNBits does).
         if layer.packed.numbers.dtype == torch.int8:
             codes = self.node("Cast", [codes], f"{name}.weight_numbers", to=TensorProto.FLOAT)
-        view = values.reshape(1, -1) if transpose else values.reshape(-1, *[1] * (ndim - 1))
-        return self.node("Mul", [codes, self.constant(f"{name}.weight_scale", view)], out)
+        scale = self.column(f"{name}.weight_scale", values, 0 if transpose else ndim - 1)
+        return self.node("Mul", [codes, scale], out)
 
     def weight_scale(self, layer: IntLayer) -> str:
         """The scales of a weight beside an integer input, (channels,) or ()."""
         assert layer.packed is not None
-        values = layer.packed.scale.numpy()
-        return self.constant(f"{layer.name}.weight_scale", values if values.size > 1 else values.reshape(()))
+        name, values = f"{layer.name}.weight_scale", layer.packed.scale.numpy()
+        return self.vector(name, values) if values.size > 1 else self.constant(name, values.reshape(()))
+
+    def vector(self, name: str, values: np.ndarray) -> str:
+        """A float32 constant (n,), made once per name; a target may hold it in fewer bits."""
+        return self.constant(name, values)
+
+    def integers(self, name: str, numbers: np.ndarray) -> str:
+        """An integer constant (n,) for the function `BIAS`; two bytes each where that is enough."""
+        fits = np.abs(numbers).max() < 2**15
+        return self.constant(name, numbers.astype(np.int16 if fits else np.int32))
 
     def conv(self, layer: IntConv, at: str, x: str, y: str, pads: list[int], sizes: list[int]) -> None:
         """A convolution over axes of `sizes`."""
@@ -135,26 +145,28 @@ class Lowering(GraphBuilder):
         if layer.bias_codes is not None:
             inputs.append(self.integer_bias(layer))
         elif layer.bias is not None and not layer.late_bias:
-            inputs.append(self.constant(f"{layer.name}.bias", layer.bias.numpy()))
+            inputs.append(self.vector(f"{layer.name}.bias", layer.bias.numpy()))
         late = layer.bias is not None and len(inputs) == 2
         self.nodes.append(helper.make_node("Conv", inputs, [f"{at}.sum" if late else y], name=at, **kept))
         if late:
             # Given to Conv, a runtime would round it to a grid too coarse or too fine for it.
-            view = layer.bias.numpy().reshape(-1, *[1] * len(layer.kernel_size))  # pyright: ignore
-            bias = self.constant(f"{layer.name}.bias", view)
+            bias = self.column(f"{layer.name}.bias", layer.bias.numpy(), len(layer.kernel_size))  # pyright: ignore
             self.nodes.append(helper.make_node("Add", [f"{at}.sum", bias], [y]))
 
+    def column(self, name: str, values: np.ndarray, axes: int) -> str:
+        """As `vector`, (n,) or (1,), viewed in front of `axes` more axes."""
+        return self.constant(name, values.reshape(-1, *[1] * axes))
+
     def integer_bias(self, layer: IntLayer) -> str:
-        """A bias on the grid of the layer's sums, dequantized; two bytes a channel where that is enough."""
+        """A bias on the grid of the layer's sums, dequantized; made once per layer."""
         out = f"{layer.name}.bias"
-        if f"{out}_codes" in self.initializers:
+        if out in self.made:
             return out
+        self.made.add(out)
         assert layer.input_quantizer is not None
         assert layer.packed is not None
         assert layer.bias_codes is not None
-        numbers = layer.bias_codes.numpy()
-        fits = np.abs(numbers).max() < 2**15
-        codes = self.constant(f"{out}_codes", numbers.astype(np.int16 if fits else np.int32))
+        codes = self.integers(f"{out}_codes", layer.bias_codes.numpy())
         scales = [self.input_scale(layer.input_quantizer), self.weight_scale(layer)]
         self.functions.setdefault(BIAS, bias_function())
         return self.node(BIAS, [codes, *scales], out, domain=DOMAIN)
@@ -167,7 +179,7 @@ class Lowering(GraphBuilder):
         last = f"{at}.sum" if layer.bias is not None else y
         self.nodes.append(helper.make_node("MatMul", [x, weight], [last], name=at))
         if layer.bias is not None:
-            bias = self.constant(f"{layer.name}.negative_bias", -layer.bias.numpy())
+            bias = self.vector(f"{layer.name}.negative_bias", -layer.bias.numpy())
             self.nodes.append(helper.make_node("Sub", [last, bias], [y]))
 
     def embedding(self, layer: IntEmbedding, at: str, x: str, y: str) -> None:
@@ -224,8 +236,8 @@ def lower(
         else:
             clean = NodeProto()
             clean.CopyFrom(node)
-            del clean.metadata_props[:]
-            clean.doc_string = clean.name = ""
+            for kind in ("metadata_props", "doc_string", "name"):
+                clean.ClearField(kind)
             work.nodes.append(clean)
     nodes = [n for n in work.nodes if n.output[0] not in work.absorbed]
     read = {name for node in nodes for name in node.input}
@@ -270,8 +282,8 @@ def strip(tensor: TensorProto) -> TensorProto:
     """A copy without metadata."""
     clean = TensorProto()
     clean.CopyFrom(tensor)
-    del clean.metadata_props[:]
-    clean.doc_string = ""
+    clean.ClearField("metadata_props")
+    clean.ClearField("doc_string")
     return clean
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from bitwright.deploy.builder import QUANTIZER
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.integer import DOMAIN, IntEmbedding, IntLayer, IntLinear
+from bitwright.deploy.names import spelled_out
 from bitwright.deploy.split import SPLIT, unsplit
 from bitwright.errors import BitwrightError
 
@@ -33,7 +34,7 @@ def refuse_version(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def read(path: Path) -> onnx.ModelProto:
-    """The file as a graph; BitwrightError if it is missing, damaged, of a newer format or not written by `export`."""
+    """The file as a graph, names spelled out; BitwrightError if it is missing, damaged, of a newer format or not written by `export`."""
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except OSError as error:

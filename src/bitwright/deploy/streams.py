@@ -18,9 +18,9 @@ class Body:
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
 
-    def add(self, kind: str, *inputs: str, out: str = "", domain: str = "", **attributes) -> str:
+    def add(self, kind: str, *inputs: str, domain: str | None = None, **attributes) -> str:
         """Append a node; the name of its output."""
-        name = out or f"t{len(self.nodes)}"
+        name = f"t{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, list(inputs), [name], domain=domain, **attributes))
         return name
 

@@ -1,0 +1,51 @@
+"""`Lowering` for onnxruntime: numbers per channel are streams of as few bits as hold them."""
+
+import numpy as np
+
+from bitwright.deploy.compact import Stream, fixed, floating, whole
+from bitwright.deploy.integer import DOMAIN
+from bitwright.deploy.packing import varints
+from bitwright.deploy.split import SplitLowering
+from bitwright.deploy.streams import FIXED, FLOATING, WHOLE, functions_of
+
+# What a stream costs beside its bits: a node and two more tensors. Below, float32 is smaller.
+BESIDE = 70
+
+
+class CompactLowering(SplitLowering):
+    """Scales and biases as streams, where they are short numbers; else as they are."""
+
+    def stream(self, name: str, kind: str, made: Stream | None, plain: int) -> bool:
+        """Make `name` from a stream, once; False if that is not smaller than `plain` bytes."""
+        if name in self.made:
+            return True
+        if made is None or made.packed.nbytes + BESIDE >= plain:
+            return False
+        self.made.add(name)
+        for function, proto in functions_of(kind).items():
+            self.functions.setdefault(function, proto)
+        packed = self.constant(f"{name}_bits", made.packed[:, None])
+        about = f"{name}_about"
+        self.initializers[about] = varints(about, made.about)
+        self.node(kind, [packed, about], name, domain=DOMAIN)
+        return True
+
+    def vector(self, name: str, values: np.ndarray) -> str:
+        streams = [(kind, made) for kind, made in ((FLOATING, floating(values)), (FIXED, fixed(values))) if made]
+        kind, made = min(streams, key=lambda s: s[1].packed.nbytes, default=(FIXED, None))
+        return name if self.stream(name, kind, made, values.nbytes) else super().vector(name, values)
+
+    def integers(self, name: str, numbers: np.ndarray) -> str:
+        plain = (2 if np.abs(numbers).max() < 2**15 else 4) * numbers.size
+        return name if self.stream(name, WHOLE, whole(numbers), plain) else super().integers(name, numbers)
+
+    def column(self, name: str, values: np.ndarray, axes: int) -> str:
+        line = self.vector(f"{name}_line" if axes else name, values)
+        if not axes or name in self.made:
+            return name
+        if line not in self.made:
+            del self.initializers[line]
+            return super().column(name, values, axes)
+        self.made.add(name)
+        shape = self.constant(f"shape_{axes}", np.array([-1, *[1] * axes], np.int64))
+        return self.node("Reshape", [line, shape], name)
