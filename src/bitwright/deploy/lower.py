@@ -25,6 +25,7 @@ from bitwright.deploy.packing import (
     pack_fields,
     pack_int4,
     unpack_function,
+    varints,
 )
 from bitwright.errors import BitwrightError
 
@@ -78,7 +79,8 @@ class Lowering(GraphBuilder):
             fields = pack_fields(stored, weight.bits)
             widths = field_widths(weight.bits)
             names = [self.constant(f"{name}.weight_u{w}", f) for w, f in zip(widths, fields, strict=True)]
-            shape = self.constant(f"shape_{'x'.join(map(str, numbers.shape))}", np.array(numbers.shape, np.int64))
+            shape = f"shape_{'x'.join(map(str, numbers.shape))}"
+            self.initializers[shape] = varints(shape, numbers.shape)
             line = (weight.multiple * weight.step, weight.multiple * weight.offset)
             numbers_of = [self.scalar(number, np.int32) for number in line]
             kind = function_name(weight.bits, target)

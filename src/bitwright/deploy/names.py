@@ -62,9 +62,9 @@ def shorten(model: onnx.ModelProto) -> None:
     graph = model.graph
     layers = set(named(graph))
     for node in graph.node:
-        end = end_of(node.output[0])
-        if end and not node.name and owner_of(node.output[0], layers) is None:
-            node.name = node.output[0].removesuffix(end)
+        for name in node.output:
+            if end_of(name) and not node.name and owner_of(name, layers) is None:
+                node.name = name.removesuffix(end_of(name))
     owners = {name: base62(i) for i, name in enumerate(named(graph))}
     kept = {value.name for value in (*graph.input, *graph.output)}
     used = Counter(name for node in graph.node for name in (*node.input, *node.output) if name)

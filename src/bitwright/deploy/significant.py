@@ -5,12 +5,14 @@ which moves the largest code by 1/64 of a step. Scales and biases of the trainin
 the last evaluation (`snap_biases`), so that what is evaluated is what is stored.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 EXTRA, MOST = 6, 14
 # The same for biases, which share one power of two in a layer, so that small ones have fewer.
-EXTRA_BIAS, MOST_TOGETHER = 10, 16
+EXTRA_BIAS, MOST_TOGETHER = 8, 16
 # A product of two float32 numbers that should be a short number is at most this far from it, relatively.
 ULPS = 2.0**-22
 
@@ -55,6 +57,12 @@ def rounded_together(x: Tensor, bits: int) -> Tensor:
     if not float(largest):
         return x.double()
     unit = largest / torch.frexp(largest)[0] * 2.0**-bits
+    return (x.double() / unit).round() * unit
+
+
+def on_steps(x: Tensor, step: float) -> Tensor:
+    """The nearest multiples of a power of two, at most 1/64 of `step` off, float64."""
+    unit = 2.0 ** (math.frexp(step)[1] - EXTRA)
     return (x.double() / unit).round() * unit
 
 

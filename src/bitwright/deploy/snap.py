@@ -11,7 +11,7 @@ from bitwright.deploy.fold import folded_bias, norm_affine
 from bitwright.deploy.freeze import Plan, check_ready, input_codes, layer_plans, weight_and_bias
 from bitwright.deploy.integer import InputCodes
 from bitwright.deploy.margins import exact_scales
-from bitwright.deploy.significant import bias_bits, rounded, rounded_together, significant_bits
+from bitwright.deploy.significant import bias_bits, on_steps, rounded, rounded_together, significant_bits
 from bitwright.deploy.ties import part_ties
 from bitwright.grids.lsq import LSQ
 from bitwright.layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear
@@ -105,7 +105,8 @@ class Surrounded:
         if before is None or isinstance(weight, Tensor):
             return 0
         if bias_codes is None or self.codes is None:
-            target = rounded_together(before, bias_bits(self.bits))
+            steps = [float(c.scale.min()) for c in self.plan.readers]
+            target = on_steps(before, min(steps)) if steps else rounded_together(before, bias_bits(self.bits))
         else:
             constant = (weight.numbers.flatten(1) == 0).all(1)
             scale = torch.where(constant, rounded(weight.scale, significant_bits(self.bits)), weight.scale.double())

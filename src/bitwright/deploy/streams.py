@@ -28,15 +28,15 @@ class Body:
         """A constant of the function."""
         return self.add("Constant", value=numpy_helper.from_array(values))
 
-    def scalar(self, values: str, at: int) -> str:
-        """Element `at` of an int64 vector, (1,) int32."""
-        ends = [self.constant(np.array([i], np.int64)) for i in (at, at + 1)]
-        return self.add("Cast", self.add("Slice", values, *ends), to=TensorProto.INT32)
+    def parts(self, count: int) -> list[str]:
+        """The elements of `about`, (1,) int64 each."""
+        names = [f"a{i}" for i in range(count)]
+        self.nodes.append(helper.make_node("Split", ["about"], names, num_outputs=count))
+        return names
 
-    def number(self) -> str:
-        """code - shift of a stream with a shift, int32."""
-        code = self.add(BITS, "packed", "about", domain=DOMAIN)
-        return self.add("Sub", code, self.scalar("about", 2))
+    def codes(self) -> str:
+        """The codes of the stream, int64."""
+        return self.add(BITS, "packed", "about", domain=DOMAIN)
 
     def function(self, name: str, inputs: list[str]) -> onnx.FunctionProto:
         """The function of the nodes so far; the last one's output is its own."""
@@ -47,7 +47,7 @@ class Body:
 
 
 def bits_function() -> onnx.FunctionProto:
-    """packed (bytes, 1) uint8, about int64: the codes, (count,) int32."""
+    """packed (bytes, 1) uint8, about int64: the codes, (count,) int64."""
     body = Body()
     shifts = body.constant(np.arange(8, dtype=np.uint8)[None])
     bit = body.add("BitShift", "packed", shifts, direction="RIGHT")
@@ -56,15 +56,15 @@ def bits_function() -> onnx.FunctionProto:
     zero, one, two = (body.constant(np.array([i], np.int64)) for i in range(3))
     shape = body.add("Slice", "about", zero, two)
     cut = body.add("Slice", line, zero, body.add("ReduceProd", shape, keepdims=1))
-    rows = body.add("Cast", body.add("Reshape", cut, shape), to=TensorProto.INT32)
-    places = body.constant(1 << np.arange(WIDEST, dtype=np.int32))
+    rows = body.add("Cast", body.add("Reshape", cut, shape), to=TensorProto.INT64)
+    places = body.constant(1 << np.arange(WIDEST))
     places = body.add("Slice", places, zero, body.add("Slice", "about", one, two))
     body.add("ReduceSum", body.add("Mul", rows, places), one, keepdims=0)
     return body.function(BITS, ["packed", "about"])
 
 
 def power_function() -> onnx.FunctionProto:
-    """k int32: 2^-k, exact, float32 of the same shape."""
+    """k int64: 2^-k, exact, float32 of the same shape."""
     body = Body()
     table = body.constant(np.ldexp(np.float32(1), -np.arange(POWERS)))
     body.add("Gather", table, "k")
@@ -74,30 +74,31 @@ def power_function() -> onnx.FunctionProto:
 def whole_function() -> onnx.FunctionProto:
     """packed, about of `compact.whole`: the integers, (count,) int32."""
     body = Body()
-    body.number()
+    _, _, shift = body.parts(3)
+    body.add("Cast", body.add("Sub", body.codes(), shift), to=TensorProto.INT32)
     return body.function(WHOLE, ["packed", "about"])
 
 
 def fixed_function() -> onnx.FunctionProto:
     """packed, about of `compact.fixed`: the values, (count,) float32."""
     body = Body()
-    number = body.add("Cast", body.number(), to=TensorProto.FLOAT)
-    body.add("Mul", number, body.add(POWER, body.scalar("about", 3), domain=DOMAIN))
+    _, _, shift, k = body.parts(4)
+    number = body.add("Cast", body.add("Sub", body.codes(), shift), to=TensorProto.FLOAT)
+    body.add("Mul", number, body.add(POWER, k, domain=DOMAIN))
     return body.function(FIXED, ["packed", "about"])
 
 
 def floating_function() -> onnx.FunctionProto:
     """packed, about of `compact.floating`: the values, (count,) float32; every product is exact."""
     body = Body()
-    code = body.add(BITS, "packed", "about", domain=DOMAIN)
-    signs, mantissas, first, k = (body.scalar("about", i) for i in range(2, 6))
+    code = body.codes()
+    _, _, signs, mantissas, first, k = body.parts(6)
     place = body.add("Add", body.add("Div", code, signs), first)
     mantissa = body.add("Add", body.add("Mod", place, mantissas), mantissas)
     power = body.add(POWER, body.add("Sub", k, body.add("Div", place, mantissas)), domain=DOMAIN)
     size = body.add("Mul", body.add("Cast", mantissa, to=TensorProto.FLOAT), power)
-    negative = body.add("Cast", body.add("Mod", code, signs), to=TensorProto.FLOAT)
-    twice = body.add("Mul", body.add("Mul", size, negative), body.constant(np.array([2], np.float32)))
-    body.add("Sub", size, twice)
+    negative = body.add("Cast", body.add("Mod", code, signs), to=TensorProto.BOOL)
+    body.add("Where", negative, body.add("Neg", size), size)
     return body.function(FLOATING, ["packed", "about"])
 
 

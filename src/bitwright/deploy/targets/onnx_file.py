@@ -15,6 +15,7 @@ from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntLayer
 from bitwright.deploy.lower import LayerFile, lower
 from bitwright.deploy.names import shorten
+from bitwright.deploy.outline import outline
 from bitwright.deploy.packing import OPSET
 from bitwright.deploy.probe import frozen_weights, open_session, probe_graph, read, run_session
 from bitwright.deploy.compact_lowering import CompactLowering
@@ -78,6 +79,7 @@ def export_onnx(model: nn.Module, path: Path, example: Tensor) -> ExportReport:
     """Write the file; see `bitwright.deploy.export`."""
     frozen = freeze(model, example)
     proto, layers = lower(placeholder_graph(frozen, example.cpu()), frozen, CompactLowering)
+    outline(proto)
     shorten(proto)
     return report(path, write(proto, path, example.cpu()), proto, layers, "onnx")
 
