@@ -1,7 +1,7 @@
 """Numbers per channel in as few bits as hold them: a stream of bits beside a handful of whole numbers; lossless.
 
-Scales and biases are rounded to few significant bits before the last evaluation (`bitwright.deploy.significant`).
-Here they are only looked at: numbers that are not short come back as None and are stored in float32.
+Scales and biases are rounded to few significant bits before the last evaluation (`bitwright.deploy.significant`). Here
+they are only looked at: numbers that are not short come back as None and are stored in float32.
 """
 
 from dataclasses import dataclass
@@ -15,24 +15,29 @@ WIDEST = 24
 POWERS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stream:
-    """Unsigned codes of `about[1]` bits each, `about[0]` of them, one after the other from the lowest bit upwards.
+    """Unsigned codes (n,), int64. about: n, bits of a code, then what makes numbers of codes: see `whole` and others."""
 
-    packed: uint8. about: count, width, then what makes numbers of the codes, see the functions that return a stream.
-    """
-
-    packed: NDArray[np.uint8]
+    codes: NDArray[np.int64]
     about: tuple[int, ...]
+
+    @property
+    def packed(self) -> NDArray[np.uint8]:
+        """The codes one after the other, from the lowest bit upwards."""
+        bits = (self.codes[:, None] >> np.arange(self.about[1])) & 1
+        return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `packed`."""
+        return -(-self.about[0] * self.about[1] // 8)
 
 
 def stream(codes: NDArray[np.int64], *about: int) -> Stream | None:
     """`codes` (n,), not negative, at their least width; None where that is more than `WIDEST` bits."""
     width = max(int(codes.max()).bit_length(), 1)
-    if width > WIDEST:
-        return None
-    bits = (codes[:, None] >> np.arange(width)) & 1
-    return Stream(np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little"), (codes.size, width, *about))
+    return Stream(codes, (codes.size, width, *about)) if width <= WIDEST else None
 
 
 def whole(numbers: NDArray[np.int64]) -> Stream | None:
@@ -53,7 +58,7 @@ def fixed(values: NDArray[np.float32]) -> Stream | None:
     if k >= POWERS or np.abs(numbers).max() >= 2**WIDEST:
         return None
     made = whole(numbers.astype(np.int64))
-    return None if made is None else Stream(made.packed, (*made.about, k))
+    return None if made is None else Stream(made.codes, (*made.about, k))
 
 
 def floating(values: NDArray[np.float32]) -> Stream | None:
@@ -82,3 +87,9 @@ def trailing_zeros(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many times 2 divides each number; 63 for 0."""
     lowest = numbers & -numbers
     return np.where(numbers == 0, 63, np.frexp(lowest.astype(np.float64))[1] - 1).astype(np.int64)
+
+
+def shortest(values: NDArray[np.float32]) -> tuple[str, Stream] | None:
+    """("floating" or "fixed", the stream that takes fewer bits), or None where there is none."""
+    found = [(kind, made) for kind, made in (("floating", floating(values)), ("fixed", fixed(values))) if made]
+    return min(found, key=lambda pair: pair[1].nbytes, default=None)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bitwright.deploy.compact import Stream, fixed, floating, whole
+from bitwright.deploy.compact import Stream, shortest, whole
 from bitwright.deploy.integer import DOMAIN
 from bitwright.deploy.packing import varints
 from bitwright.deploy.split import SplitLowering
@@ -10,16 +10,15 @@ from bitwright.deploy.streams import FIXED, FLOATING, WHOLE, functions_of
 
 # What a stream costs beside its bits: a node and two more tensors. Below, float32 is smaller.
 BESIDE = 70
+KINDS = {"floating": FLOATING, "fixed": FIXED}
 
 
 class CompactLowering(SplitLowering):
     """Scales and biases as streams, where they are short numbers; else as they are."""
 
-    def stream(self, name: str, kind: str, made: Stream | None, plain: int) -> bool:
+    def stream(self, name: str, kind: str, made: Stream, plain: int) -> bool:
         """Make `name` from a stream, once; False if that is not smaller than `plain` bytes."""
-        if name in self.made:
-            return True
-        if made is None or made.packed.nbytes + BESIDE >= plain:
+        if made.nbytes + BESIDE >= plain:
             return False
         self.made.add(name)
         for function, proto in functions_of(kind).items():
@@ -31,13 +30,16 @@ class CompactLowering(SplitLowering):
         return True
 
     def vector(self, name: str, values: np.ndarray) -> str:
-        streams = [(kind, made) for kind, made in ((FLOATING, floating(values)), (FIXED, fixed(values))) if made]
-        kind, made = min(streams, key=lambda s: s[1].packed.nbytes, default=(FIXED, None))
-        return name if self.stream(name, kind, made, values.nbytes) else super().vector(name, values)
+        found = shortest(values)
+        if name in self.made or (found is not None and self.stream(name, KINDS[found[0]], found[1], values.nbytes)):
+            return name
+        return super().vector(name, values)
 
     def integers(self, name: str, numbers: np.ndarray) -> str:
-        plain = (2 if np.abs(numbers).max() < 2**15 else 4) * numbers.size
-        return name if self.stream(name, WHOLE, whole(numbers), plain) else super().integers(name, numbers)
+        found, plain = whole(numbers), (2 if np.abs(numbers).max() < 2**15 else 4) * numbers.size
+        if found is not None and self.stream(name, WHOLE, found, plain):
+            return name
+        return super().integers(name, numbers)
 
     def column(self, name: str, values: np.ndarray, axes: int) -> str:
         line = self.vector(f"{name}_line" if axes else name, values)
