@@ -44,7 +44,7 @@ def read(path: Path) -> onnx.ModelProto:
     refuse_version(proto, path)
     if proto.producer_name != DOMAIN:
         raise BitwrightError(f"{path}: was not written by bitwright export (its producer is {proto.producer_name!r})")
-    return proto
+    return spelled_out(proto)
 
 
 def open_session(source: str | bytes, path: Path, providers: Sequence[str]) -> onnxruntime.InferenceSession:
