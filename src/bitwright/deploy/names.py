@@ -14,6 +14,7 @@ DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # The ends of names that `verify` and readers of a file ask for.
 ENDS = {
     ".input.codes": ".i",
+    ".output.codes": ".o",
     ".codes": ".c",
     ".weight": ".w",
     ".split_weight": ".s",
@@ -63,7 +64,7 @@ def shorten(model: onnx.ModelProto) -> None:
     layers = set(named(graph))
     for node in graph.node:
         for name in node.output:
-            if end_of(name) and not node.name and owner_of(name, layers) is None:
+            if name.endswith(".codes") and not node.name and owner_of(name, layers) is None:
                 node.name = name.removesuffix(end_of(name))
     owners = {name: base62(i) for i, name in enumerate(named(graph))}
     kept = {value.name for value in (*graph.input, *graph.output)}
@@ -74,8 +75,8 @@ def shorten(model: onnx.ModelProto) -> None:
         if owner is not None:
             end = name[len(owner) :]
             names[name] = owners[owner] + ENDS.get(end, end)
-        elif end_of(name):
-            kept.add(name)
+        elif end_of(name) == name:
+            kept.add(name)  # the network is one layer, which has no name
         else:
             others.append(name)
     others.sort(key=lambda name: (-used[name], name))

@@ -41,7 +41,9 @@ def inner(node: NodeProto) -> bool:
     return not node.name and (node.op_type in BEFORE or node.op_type.startswith("Unpack"))
 
 
-def group_at(graph: onnx.GraphProto, last: int, producer: dict[str, int], readers: dict[str, list[int]]) -> Group | None:
+def group_at(
+    graph: onnx.GraphProto, last: int, producer: dict[str, int], readers: dict[str, list[int]]
+) -> Group | None:
     """The group that ends with node `last`; None where it is that node alone or its outputs are read too early.
 
     producer: of every tensor that is made by a node which is in no group yet.

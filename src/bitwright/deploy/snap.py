@@ -14,7 +14,7 @@ from bitwright.deploy.margins import exact_scales
 from bitwright.deploy.significant import bias_bits, on_steps, rounded, rounded_together, significant_bits
 from bitwright.deploy.ties import part_ties
 from bitwright.grids.lsq import LSQ
-from bitwright.layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLayer, QuantLinear
+from bitwright.layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLinear
 from bitwright.prepare import quant_layers
 
 
@@ -92,9 +92,7 @@ class Surrounded:
             input_scale = self.codes.scale
             found = [c for c in self.plan.readers if c.per_tensor]
             readers = [(float(c.scale), c.lo - int(c.zero), c.hi - int(c.zero)) for c in found]
-        wanted = exact_scales(
-            torch.where(live, before * unit, 1.0), significant_bits(self.bits), input_scale, readers
-        )
+        wanted = exact_scales(torch.where(live, before * unit, 1.0), significant_bits(self.bits), input_scale, readers)
         learned.copy_(torch.where(live, wanted / unit, before))
 
     def shorten_bias(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.deploy.capture import first_line, quiet_export
+from bitwright.deploy.compact_lowering import CompactLowering
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntLayer
@@ -18,7 +19,6 @@ from bitwright.deploy.names import shorten
 from bitwright.deploy.outline import outline
 from bitwright.deploy.packing import OPSET
 from bitwright.deploy.probe import frozen_weights, open_session, probe_graph, read, run_session
-from bitwright.deploy.compact_lowering import CompactLowering
 from bitwright.deploy.targets.opened import Network, frozen_codes
 from bitwright.errors import BitwrightError
 

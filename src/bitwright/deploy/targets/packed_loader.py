@@ -58,16 +58,16 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 class Words:
-    """Reads rows of codes, one behind the other."""
+    """Reads rows of codes of the file at `path`, one behind the other."""
 
-    def __init__(self, words: Tensor):
-        self.words, self.at = words, 0
+    def __init__(self, path: str | Path, words: Tensor):
+        self.path, self.words, self.at = path, words, 0
 
     def take(self, count: int, bits: int) -> Tensor:
         """The next `count` codes, int64; ValueError where the file ends before."""
         end = self.at + math.ceil(count * bits / WORD)
         if end > self.words.numel():
-            raise ValueError("is damaged: its words end too early")
+            raise ValueError(f"{self.path}: is damaged: its words end too early")
         part, self.at = self.words[self.at : end], end
         return unpack(part, bits, count)
 
@@ -229,7 +229,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     network, tensors = read(path)
     modules = dict(model.cpu().eval().named_modules())
     rest = dict(tensors)
-    words = Words(rest.pop("words", torch.zeros(0, dtype=torch.int32)))
+    words = Words(path, rest.pop("words", torch.zeros(0, dtype=torch.int32)))
     made: dict[str, nn.Module] = {}
     try:
         for name, fields in network["layers"].items():
