@@ -32,12 +32,14 @@ def test_rounding_to_bits_is_that_of_python(x, bits, sign):
 
 @pytest.mark.parametrize("bits", [7, 10, MOST])
 def test_neighbours_are_all_numbers_around(bits):
-    x = torch.tensor([1.0, 0.0123, -3.7e-4, 1.999999], dtype=torch.float64)
+    x = torch.tensor([1.3, 0.0123, -3.7e-4], dtype=torch.float64)
     found = neighbours(x, bits, 3)
     assert torch.equal(found[0], rounded(x, bits))
-    distance = (found - found[0]).abs() / found[0].abs()
-    assert ((2.0**-bits <= distance[1:]) & (distance[1:] <= 3 * 2.0 ** (1 - bits))).all()
-    assert torch.equal(rounded(found, bits), found)
+    places = found / (x / torch.frexp(x)[0]).abs() * 2**bits  # whole numbers of `bits` bits
+    assert torch.equal(places - places[0], torch.tensor([0, 1, -1, 2, -2, 3, -3]).double()[:, None].expand(7, 3))
+    at_the_end = neighbours(torch.tensor([1.999999], dtype=torch.float64), bits, 2)
+    assert torch.equal(rounded(at_the_end, bits), at_the_end)
+    assert at_the_end.min() < 2 < at_the_end.max()
     assert torch.equal(found.sign(), x.sign().expand_as(found))
 
 

@@ -17,7 +17,7 @@ POWERS = 64
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """Unsigned codes (n,), int64. about: n, bits of a code, then what makes numbers of codes: see `whole` and others."""
+    """Unsigned codes (n,), int64. about: n, bits of a code, then what makes numbers of codes, see `whole`."""
 
     codes: NDArray[np.int64]
     about: tuple[int, ...]
@@ -65,8 +65,8 @@ def floating(values: NDArray[np.float32]) -> Stream | None:
     """Numbers (n,) of few significant bits, none of them 0. about: count, width, signs, mantissas, first, k.
 
     code = signs * place + (value < 0), with signs = 2 if there are negative ones, else 1. Numbers with m bits behind
-    the leading one have mantissas = 2^m places an octave; |value| = (mantissas + p % mantissas) * 2^(p // mantissas - k)
-    for p = place + first. In float32's own bit patterns places are neighbours too.
+    the leading one have mantissas = 2^m places an octave: with p = place + first,
+    |value| = (mantissas + p % mantissas) * 2^(p // mantissas - k). They lie as in float32's own bit patterns.
     """
     pattern = np.abs(values).view(np.int32).astype(np.int64)
     if not np.isfinite(values).all() or not pattern.all():

@@ -34,7 +34,11 @@ def refuse_version(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def read(path: Path) -> onnx.ModelProto:
-    """The file as a graph, names spelled out; BitwrightError if it is missing, damaged, of a newer format or not written by `export`."""
+    """The file as a graph, names spelled out.
+
+    Raises:
+        BitwrightError: it is missing, damaged, of a newer format or not written by `export`.
+    """
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except OSError as error:

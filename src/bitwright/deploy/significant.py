@@ -34,7 +34,7 @@ def rounded(x: Tensor, bits: int) -> Tensor:
 
 
 def neighbours(x: Tensor, bits: int, farthest: int) -> Tensor:
-    """Numbers of `bits` significant bits around `x` (channels,), none 0: (2 * farthest + 1, channels), nearest first."""
+    """Numbers of `bits` significant bits around `x` (n,), none of it 0: (2 * farthest + 1, n), nearest first."""
     k = torch.arange(2 * farthest + 1, device=x.device)
     steps = torch.where(k % 2 == 0, -(k // 2), (k + 1) // 2).double()
     mantissa, _ = torch.frexp(x.double())

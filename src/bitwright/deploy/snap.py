@@ -96,7 +96,7 @@ class Surrounded:
         learned.copy_(torch.where(live, wanted / unit, before))
 
     def shorten_bias(self) -> int:
-        """Put the bias on the accumulator's grid, 1, or, where it is added in floating point, on a grid of its own, 0."""
+        """Put the bias on the accumulator's grid, 1; where it is added in floating point, on one of its own, 0."""
         norm = self.plan.norm
         before = folded_bias(getattr(self.layer, "bias", None), norm)
         weight, _, bias_codes = weight_and_bias(self.layer, self.name, self.plan, self.codes)

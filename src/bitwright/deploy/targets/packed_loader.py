@@ -9,12 +9,15 @@ order of the JSON object, and for each layer its weight, its scales and its bias
 row of unsigned codes of some bits, one after the other from the lowest bit upwards, and begins with a new word
 (compressed-tensors' `pack_to_int32` of a flattened weight, codes less 2^(bits - 1)).
 
-Weight: `bits`, `shape`, `step` and `offset`: (step * code + offset) * scale. Scales, per output channel: `scale`: [count,
-bits, signs, m, first, k]: with p = code // signs + first the size is (m + p % m) * 2^(p // m - k), negative where code %
-signs is 1. Bias: `bias`: [count, bits, shift], integers code - shift on the grid input scale * scale; or [count, bits,
-shift, k]: (code - shift) * 2^-k. Scales and biases that are no such numbers are tensors `NAME.scale`, float32,
-`NAME.bias_codes`, int32, and `NAME.bias`, float32; a weight that is not quantized is `NAME.weight`, float32. Norms that followed a layer are folded into it. Everything
-else is stored as it was, under its own name.
+Weight: `bits`, `shape`, `step` and `offset`: (step * code + offset) * scale.
+Scales, per output channel: `scale`: [count, bits, signs, m, first, k]: with p = code // signs + first the size is
+(m + p % m) * 2^(p // m - k), negative where code % signs is 1.
+Bias: `bias`: [count, bits, shift], integers code - shift on the grid input scale * scale; or [count, bits, shift, k]:
+(code - shift) * 2^-k.
+
+Scales and biases that are no such numbers are tensors: `NAME.scale`, float32, `NAME.bias_codes`, int32, and
+`NAME.bias`, float32; a weight that is not quantized is `NAME.weight`, float32. Norms that followed a layer are folded
+into it. Everything else is stored as it was, under its own name.
 """
 
 import json
