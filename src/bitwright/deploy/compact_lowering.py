@@ -1,6 +1,7 @@
 """`Lowering` for onnxruntime: numbers per channel are streams of as few bits as hold them."""
 
 import numpy as np
+from onnx import TensorProto, numpy_helper
 
 from bitwright.deploy.compact import Stream, shortest, whole
 from bitwright.deploy.integer import DOMAIN
@@ -34,6 +35,12 @@ class CompactLowering(SplitLowering):
         if name in self.made or (found is not None and self.stream(name, KINDS[found[0]], found[1], values.nbytes)):
             return name
         return super().vector(name, values)
+
+    def parameter(self, tensor: TensorProto) -> None:
+        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 1:
+            super().parameter(tensor)
+        elif self.vector(tensor.name, numpy_helper.to_array(tensor)) not in self.made:
+            self.initializers[tensor.name] = tensor
 
     def integers(self, name: str, numbers: np.ndarray) -> str:
         found, plain = whole(numbers), (2 if np.abs(numbers).max() < 2**15 else 4) * numbers.size

@@ -123,6 +123,10 @@ class Lowering(GraphBuilder):
         """A float32 constant (n,), made once per name; a target may hold it in fewer bits."""
         return self.constant(name, values)
 
+    def parameter(self, tensor: TensorProto) -> None:
+        """A constant of what stays float."""
+        self.initializers[tensor.name] = tensor
+
     def integers(self, name: str, numbers: np.ndarray) -> str:
         """An integer constant (n,) for the function `BIAS`; two bytes each where that is enough."""
         fits = np.abs(numbers).max() < 2**15
@@ -232,25 +236,29 @@ def lower(
     layers = {m.name: m for m in frozen.modules() if isinstance(m, IntLayer)}
     codes = {m.name: m for m in frozen.modules() if isinstance(m, InputCodes)}
     work = kind(clippings=clippings(model.graph), layers=layers, quantizers=codes)
+    used = {name for node in model.graph.node for name in node.input}
+    for tensor in model.graph.initializer:
+        if tensor.name in used:
+            work.parameter(strip(tensor))
     for node in model.graph.node:
         if node.domain == DOMAIN:
             work.replace(node)
         else:
             clean = NodeProto()
             clean.CopyFrom(node)
-            for kind in ("metadata_props", "doc_string", "name"):
-                clean.ClearField(kind)
+            for unwanted in ("metadata_props", "doc_string", "name"):
+                clean.ClearField(unwanted)
             work.nodes.append(clean)
     nodes = [n for n in work.nodes if n.output[0] not in work.absorbed]
     read = {name for node in nodes for name in node.input}
-    kept = [strip(t) for t in model.graph.initializer if t.name in read]
-    shorten(nodes, [*kept, *work.initializers.values()])
+    kept = [tensor for tensor in work.initializers.values() if tensor.name in read]
+    shorten(nodes, kept)
     graph = helper.make_graph(
         nodes,
         "network",
         [bare(v) for v in model.graph.input],
         [bare(v) for v in model.graph.output],
-        initializer=[*kept, *work.initializers.values()],
+        initializer=kept,
     )
     opsets = [helper.make_opsetid("", OPSET)]
     opsets += [helper.make_opsetid(DOMAIN, 1)] if work.functions else []

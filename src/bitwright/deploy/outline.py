@@ -122,5 +122,5 @@ def function_of(name: str, nodes: list[NodeProto], group: Group) -> onnx.Functio
         copy.output[:] = [short[n] for n in node.output]
         body.append(copy)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    ends = [[short[n] for n in names] for names in (group.inputs, group.outputs)]
-    return helper.make_function(DOMAIN, name, *ends, body, opsets)
+    inputs, outputs = ([short[n] for n in names] for names in (group.inputs, group.outputs))
+    return helper.make_function(DOMAIN, name, inputs, outputs, body, opsets)

@@ -11,7 +11,14 @@ from bitwright.deploy.fold import folded_bias, norm_affine
 from bitwright.deploy.freeze import Plan, check_ready, input_codes, layer_plans, weight_and_bias
 from bitwright.deploy.integer import InputCodes
 from bitwright.deploy.margins import exact_scales
-from bitwright.deploy.significant import bias_bits, on_steps, rounded, rounded_together, significant_bits
+from bitwright.deploy.significant import (
+    MOST_TOGETHER,
+    bias_bits,
+    on_steps,
+    rounded,
+    rounded_together,
+    significant_bits,
+)
 from bitwright.deploy.ties import part_ties
 from bitwright.grids.lsq import LSQ
 from bitwright.layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLinear
@@ -24,10 +31,10 @@ def snap_biases(model: nn.Module, example: Tensor) -> int:
 
     Integer runtimes add a convolution's bias as int32 at the step input scale * weight scale. Rounding it only in
     the file flips about 1 % of a 2-bit network's codes; rounding it here first makes the accuracy measured
-    afterwards that of the shipped network. Scales per channel and float biases become numbers of few significant bits,
-    which a file holds in few bits (`bitwright.deploy.significant`). Scales of quantizers behind one another (residual
-    sums) move by a fraction of a percent, so that no value between them lies on a tie (`bitwright.deploy.ties`). Call
-    it once, before the last evaluation.
+    afterwards that of the shipped network. Scales per channel, float biases and layer norms become numbers of few
+    significant bits, which a file holds in few bits (`bitwright.deploy.significant`). Scales of quantizers behind one
+    another (residual sums) move by a fraction of a percent, so that no value between them lies on a tie
+    (`bitwright.deploy.ties`). Call it once, before the last evaluation.
 
     Args:
         model: prepared and calibrated. Scales move by half a percent at 2 bits and less above; the bias of a BatchNorm
@@ -52,6 +59,10 @@ def snap_biases(model: nn.Module, example: Tensor) -> int:
             surrounded = Surrounded(layer, name, plans.get(name, Plan(None)), codes)
             surrounded.shorten_scales()
             count += surrounded.shorten_bias()
+    for norm in model.modules():
+        if isinstance(norm, nn.LayerNorm):
+            for parameter in norm.parameters(recurse=False):
+                parameter.copy_(rounded_together(parameter, MOST_TOGETHER))
     return count
 
 
