@@ -54,7 +54,10 @@ def snap_biases(model: nn.Module, example: Tensor) -> int:
     plans = layer_plans(model, graph)
     count = 0
     for name, layer in quant_layers(model).items():
-        if isinstance(layer, QuantConv1d | QuantConv2d | QuantLinear | QuantEmbedding) and layer.weight_quantizer:
+        if (
+            isinstance(layer, QuantConv1d | QuantConv2d | QuantLinear | QuantEmbedding)
+            and layer.weight_quantizer is not None
+        ):
             codes = input_codes(layer, "input_quantizer", name)
             surrounded = Surrounded(layer, name, plans.get(name, Plan(None)), codes)
             surrounded.shorten_scales()
