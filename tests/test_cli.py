@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from bitwright import cli
+from bitwright.deploy.names import spelled_out
 from bitwright.training.recipe_file import load_recipe
 
 RECIPE = """
@@ -140,7 +141,7 @@ def test_export_then_verify_then_a_changed_file(bitwright, trained, tmp_path):
     assert set(timed["integer_kernels"]) <= {"winograd", "direct", "depthwise"}
 
     content = bytearray(file.read_bytes())
-    model = onnx.load(file)
+    model = spelled_out(onnx.load(file))
     packed = next(n.input[0] for n in model.graph.node if n.output[0] == "layer2.0.conv1.codes")
     weight = next(t for t in model.graph.initializer if t.name == packed)
     place = content.index(weight.raw_data)

@@ -1,10 +1,12 @@
-"""Gains that keep integer sums off the boundaries of codes: against every sum there is, in exact arithmetic."""
+"""Scales that keep integer sums off the boundaries of codes: against every sum there is, in exact arithmetic."""
 
 from fractions import Fraction
 
+import pytest
 import torch
 
-from bitwright.deploy.margins import FARTHEST, STEP, candidates, exact_gains, undecided
+from bitwright.deploy.margins import FARTHEST, exact_scales, undecided
+from bitwright.deploy.significant import MOST
 
 SCALE, OUTPUT = 0.0173, 0.0391
 
@@ -36,34 +38,36 @@ def test_boundaries_that_float32_gets_wrong_are_all_that_there_are():
         assert int(wrong[i]) == wrong_sums(float(multiplier[i]), fraction, reach)
 
 
-def test_gains_without_a_wrong_boundary():
+def test_scales_without_a_wrong_boundary():
     torch.manual_seed(1)
-    gain = torch.randn(20).sign() * (torch.rand(20) + 0.5)
-    unit = torch.rand(20, dtype=torch.float64) * 2e-3 + 1e-3
-    gain[3] = 0
+    sign = torch.randn(20).sign().double()
+    scale = sign * (torch.rand(20, dtype=torch.float64) * 2e-3 + 1e-3)
     x = torch.tensor([SCALE])
-    found = exact_gains(gain, unit, x, [(OUTPUT, -127, 127), (3 * OUTPUT, -127, 127)])
-    assert found[3] == 0
-    moved = (found / gain - 1).nan_to_num(0).abs()
-    assert 0 < moved.max() <= STEP * FARTHEST * 1.01
-    for g, u in zip(found.tolist(), unit.tolist(), strict=True):
-        if g == 0:
-            continue
-        scale = torch.tensor([g], dtype=torch.float32).double().mul(u).float()
+    found = exact_scales(scale, MOST, x, [(OUTPUT, -127, 127), (3 * OUTPUT, -127, 127)])
+    assert torch.equal(found.sign(), sign)
+    assert 0 < (found / scale - 1).abs().max() <= (FARTHEST + 0.5) * 2.0 ** (1 - MOST)
+    for s in found.float().tolist():
         for step in (OUTPUT, 3 * OUTPUT):
             y = torch.tensor(step)
-            exact = Fraction(float(x)) * Fraction(float(scale)) / Fraction(float(y))
-            assert wrong_sums(float(x * scale / y), exact, int(127 / abs(float(exact)))) == 0
+            exact = Fraction(float(x)) * Fraction(s) / Fraction(float(y))
+            assert wrong_sums(float(x * torch.tensor(s) / y), exact, int(127 / abs(float(exact)))) == 0
 
 
-def test_a_good_gain_stays():
+@pytest.mark.parametrize("bits", [7, 8, 10, 14])
+def test_scales_have_the_bits_that_are_asked_for(bits):
+    """Whole numbers below 2^bits, times a power of two each; without a reader the nearest ones."""
+    scale = torch.randn(200, generator=torch.Generator().manual_seed(bits)).double() * 1e-2
+    for readers in ([], [(OUTPUT, 0, 15)]):
+        found = exact_scales(scale, bits, torch.tensor([SCALE]), readers)
+        for value in found.tolist():
+            numerator, denominator = abs(value).as_integer_ratio()
+            assert denominator & (denominator - 1) == 0
+            assert (numerator // (numerator & -numerator)).bit_length() <= bits
+        if not readers:
+            assert ((found / scale - 1).abs() <= 2.0**-bits).all()
+
+
+def test_a_good_scale_stays():
     """Multiplier 1/3: sums lie thirds from each other and a sixth from every boundary."""
-    gain = torch.tensor([1.0])
-    found = exact_gains(gain, torch.tensor([1.0], dtype=torch.float64), torch.tensor([1.0]), [(3.0, -127, 127)])
-    assert torch.equal(found, gain)
-
-
-def test_changes_are_tried_from_the_smallest_on():
-    steps = ((candidates() - 1) / STEP).round().tolist()
-    assert steps[:5] == [0, 1, -1, 2, -2]
-    assert sorted(steps) == list(range(-FARTHEST, FARTHEST + 1))
+    scale = torch.tensor([1.0], dtype=torch.float64)
+    assert torch.equal(exact_scales(scale, MOST, torch.tensor([1.0]), [(3.0, -127, 127)]), scale)

@@ -11,6 +11,7 @@ from torch import nn
 
 import bitwright as bw
 from bitwright.deploy import export, snap_biases, verify
+from bitwright.deploy.probe import read
 from bitwright.deploy.split import split_axis
 
 
@@ -93,7 +94,7 @@ def test_a_changed_weight_of_a_split_layer_is_found(tmp_path):
     x = torch.randn(8, 3, 8, 8)
     model = quantized(model.eval(), "w8a8", x, ends=None)
     export(model, tmp_path / "net.onnx", x)
-    proto = onnx.load(str(tmp_path / "net.onnx"))
+    proto = read(tmp_path / "net.onnx")
     codes = next(t for t in proto.graph.initializer if t.name == "0.codes")
     values = onnx.numpy_helper.to_array(codes).copy()
     values[5, 1, 2, 0] ^= 1

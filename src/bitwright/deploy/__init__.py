@@ -4,7 +4,8 @@ from bitwright.deploy.bench import BenchReport, bench
 from bitwright.deploy.comparison import VerifyReport
 from bitwright.deploy.export import export
 from bitwright.deploy.files import ExportReport
-from bitwright.deploy.freeze import freeze, snap_biases
+from bitwright.deploy.freeze import freeze
+from bitwright.deploy.snap import snap_biases
 from bitwright.deploy.targets.packed import load_packed
 from bitwright.deploy.verify import verify
 

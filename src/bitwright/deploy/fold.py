@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitwright.deploy.significant import landed, landed_together
 from bitwright.errors import BitwrightError
 from bitwright.quantizer import Quantizer
 
@@ -13,6 +14,8 @@ from bitwright.quantizer import Quantizer
 BIAS_LIMIT = 2**31 - 1
 # Weights of fewer than 4 bits are held in numbers up to this: the grid of the bias is then no coarser than at 4 bits.
 FINE = 8
+# The bias of a constant channel takes this many steps, or as many as the largest other one.
+CONSTANT = 2**10
 # Below this share of the bias a channel's weights vanish in float32 already; such a channel is a constant.
 NEGLIGIBLE = 2.0**-26
 
@@ -87,14 +90,26 @@ def folded_bias(bias: Tensor | None, norm: nn.Module | None) -> Tensor | None:
     if norm is None:
         return None if bias is None else bias.double()
     factor, shift = norm_affine(norm)
-    return shift if bias is None else bias.double() * factor + shift
+    own = torch.zeros_like(shift) if bias is None else bias.double() * factor
+    terms = own.abs() + shift.abs() + (norm.running_mean.double() * factor).abs()  # pyright: ignore
+    return landed_together(own + shift, terms)
 
 
 def folded_weight(weight: Weight, norm: nn.Module | None) -> Weight:
-    """`weight` with the norm's factor in its scales, which become per channel."""
-    if norm is None:
-        return weight
-    return replace(weight, scale=(norm_affine(norm)[0] * weight.scale.double()).float())
+    """`weight` with the norm's factor in its scales, which become per channel; exact where they are short numbers.
+
+    A channel whose scale is 0 gets weights of 0 instead, and another channel's scale, where the grid has a 0.
+    """
+    scale = weight.scale
+    if norm is not None:
+        scale = (norm_affine(norm)[0] * scale.double()).float()
+    zero = scale == 0
+    if bool(zero.any()) and scale.numel() > 1 and weight.step == 1:
+        numbers = torch.where(along_first(zero, weight.numbers.ndim), 0, weight.numbers).to(weight.numbers.dtype)
+        others = scale[~zero].abs()
+        weight = replace(weight, numbers=numbers)
+        scale = torch.where(zero, others.max() if others.numel() else 1.0, scale)
+    return replace(weight, scale=landed(scale))
 
 
 def finer(weight: Weight) -> Weight:
@@ -115,7 +130,8 @@ def on_bias_grid(weight: Weight, bias: Tensor, input_scale: Tensor, reach: int) 
     """A convolution's bias as integers on the grid input_scale * weight.scale, which int32 accumulators add.
 
     A channel whose weights vanish beside its bias (an all-zero filter, a norm with zero gain) would need a step
-    near 0: it becomes a constant, with weights 0 and a step that suits the bias. The grid is refined first (`finer`).
+    near 0: it becomes a constant, with weights 0 and a step that suits the bias (`constant_steps`). The grid is refined
+    first (`finer`).
 
     Args:
         weight: after folding.
@@ -136,11 +152,24 @@ def on_bias_grid(weight: Weight, bias: Tensor, input_scale: Tensor, reach: int) 
     if bool(silent.any()) and weight.step == 1:
         numbers = torch.where(along_first(silent, numbers.ndim), 0, numbers).to(numbers.dtype)
         most = torch.where(silent, 0.0, most)
-        own = torch.where(bias == 0, 1.0, bias.abs() / (unit * 2**20))
-        scale = torch.where(silent, own, scale)
+        scale = torch.where(silent, constant_steps(bias / unit, scale, silent), scale)
         weight = replace(weight, numbers=numbers, scale=scale.float())
-        scale = weight.scale.double()
-    codes = (bias / (unit * scale)).round()
+    weight = replace(weight, scale=landed(weight.scale))
+    codes = (bias / (unit * weight.scale.double())).round()
     if not bool(((codes.abs() + most) < BIAS_LIMIT).all()):  # NaN (0 / 0) is refused here as well
         return coarse, None
     return weight, codes.to(torch.int64)
+
+
+def constant_steps(bias: Tensor, scale: Tensor, silent: Tensor) -> Tensor:
+    """Scales (channels,) for `silent` channels, float64, such that their biases take codes as large as the others'.
+
+    Args:
+        bias: (channels,) float64, in units of the input scale. scale: of the other channels, within whose range the
+            new ones lie, so that they need no more bits in a file.
+    """
+    others = scale[~silent].abs()
+    codes = (bias[~silent] / others).round().abs()
+    wanted = bias.abs() / max(float(codes.max()) if len(codes) else 0.0, CONSTANT)
+    wanted = torch.where(bias == 0, 1.0, wanted)
+    return wanted.clamp(others.min(), others.max()) if len(others) else wanted

@@ -1,4 +1,4 @@
-"""`freeze` and `snap_biases`: from the training form to the frozen integer form."""
+"""`freeze`: from the training form to the frozen integer form."""
 
 import copy
 from collections.abc import Callable
@@ -28,8 +28,6 @@ from bitwright.deploy.integer import (
     IntLinear,
     OutputCodes,
 )
-from bitwright.deploy.margins import exact_gains
-from bitwright.deploy.ties import part_ties
 from bitwright.errors import BitwrightError
 from bitwright.layers import (
     OUTPUT,
@@ -213,7 +211,9 @@ def frozen_multihead(layer: QuantMultiheadAttention, name: str, products: IntPro
     """torch's attention: its packed in-projection becomes a linear layer named after the attention itself."""
     codes = input_codes(layer, "input_quantizer", name)
     raw, bias = layer.in_proj_weight, layer.in_proj_bias
-    weight = raw if layer.weight_quantizer is None else integer_weight(layer.weight_quantizer, raw, name)
+    weight = raw
+    if layer.weight_quantizer is not None:
+        weight = folded_weight(integer_weight(layer.weight_quantizer, raw, name), None)
     in_proj = IntLinear(name, weight, None if bias is None else bias.detach(), input_quantizer=codes)
     return IntMultiheadAttention(layer, in_proj, products, layer.out_proj)
 
@@ -225,67 +225,3 @@ def frozen_windows(layer: Any, products: IntProducts) -> nn.Module:
     layer.products = products
     layer.attend = partial(window_attend, layer, products)
     return layer
-
-
-@torch.no_grad()
-def snap_biases(model: nn.Module, example: Tensor) -> int:
-    """Move biases and scales of the training form to where the deployed network has them, in place.
-
-    Integer runtimes add a convolution's bias as int32 at the step input scale * weight scale. Rounding it only in
-    the file flips about 1 % of a 2-bit network's codes; rounding it here first makes the accuracy measured
-    afterwards that of the shipped network. Scales of quantizers behind one another (residual sums) move by a
-    fraction of a percent, so that no value between them lies on a tie (`bitwright.deploy.ties`). Call it once, before
-    the last evaluation.
-
-    Args:
-        model: prepared and calibrated; the bias of a BatchNorm (its running mean where it has none) or of the
-            convolution itself changes by at most half a step.
-        example: one input batch, used to capture the graph.
-
-    Returns:
-        How many layers were snapped.
-
-    Raises:
-        BitwrightError: as `freeze`.
-    """
-    check_ready(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    graph = captured(model, example.to(device))
-    part_ties(model, graph)
-    plans = layer_plans(model, graph)
-    count = 0
-    for name, layer in quant_layers(model).items():
-        if name not in plans or not plans[name].integer_bias:
-            continue
-        norm, codes = plans[name].norm, input_codes(layer, "input_quantizer", name)
-        keep_off_ties(layer, name, plans[name], codes)
-        _, bias, bias_codes = weight_and_bias(layer, name, plans[name], codes)
-        before = folded_bias(getattr(layer, "bias", None), norm)
-        if before is not None and bias is not None and bias_codes is not None:
-            move_bias(layer, norm, bias - before)
-            count += 1
-    return count
-
-
-def keep_off_ties(layer: QuantLayer, name: str, plan: Plan, codes: InputCodes | None) -> None:
-    """Move the gains of the norm behind a convolution so that float32 rounds all its sums rightly."""
-    norm: Any = plan.norm
-    weight, _, bias_codes = weight_and_bias(layer, name, plan, codes)
-    if norm is None or norm.weight is None or codes is None or bias_codes is None or isinstance(weight, Tensor):
-        return
-    gain = norm.weight.detach().float()
-    # A channel that is constant has a scale of its own (`on_bias_grid`), which the gain does not move.
-    live = (weight.numbers.flatten(1) != 0).any(1) & (gain != 0)
-    unit = torch.where(live, weight.scale.double() / torch.where(live, gain, 1.0).double(), 1.0)
-    readers = [(float(c.scale), c.lo - int(c.zero), c.hi - int(c.zero)) for c in plan.readers if c.per_tensor]
-    norm.weight.copy_(torch.where(live, exact_gains(gain, unit, codes.scale, readers), gain))
-
-
-def move_bias(layer: nn.Module, norm: nn.Module | None, delta: Tensor) -> None:
-    """Add `delta` (channels,) to the folded bias of a layer."""
-    if norm is None:
-        layer.bias.add_(delta)  # pyright: ignore
-    elif norm.bias is not None:
-        norm.bias.add_(delta)  # pyright: ignore
-    else:
-        norm.running_mean.sub_(delta / norm_affine(norm)[0])  # pyright: ignore

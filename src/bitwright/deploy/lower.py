@@ -25,6 +25,7 @@ from bitwright.deploy.packing import (
     pack_fields,
     pack_int4,
     unpack_function,
+    varints,
 )
 from bitwright.errors import BitwrightError
 
@@ -51,6 +52,7 @@ class Lowering(GraphBuilder):
     quantizers: dict[str, InputCodes] = field(default_factory=dict)
     functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
     files: dict[str, LayerFile] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
 
     def unpacked(self, layer: IntLayer, transpose: bool) -> str:
         """The integer weight (FLOAT where it does not fit INT8), stored at its own width; made once per layer."""
@@ -77,7 +79,8 @@ class Lowering(GraphBuilder):
             fields = pack_fields(stored, weight.bits)
             widths = field_widths(weight.bits)
             names = [self.constant(f"{name}.weight_u{w}", f) for w, f in zip(widths, fields, strict=True)]
-            shape = self.constant(f"shape_{'x'.join(map(str, numbers.shape))}", np.array(numbers.shape, np.int64))
+            shape = f"shape_{'x'.join(map(str, numbers.shape))}"
+            self.initializers[shape] = varints(shape, numbers.shape)
             line = (weight.multiple * weight.step, weight.multiple * weight.offset)
             numbers_of = [self.scalar(number, np.int32) for number in line]
             kind = function_name(weight.bits, target)
@@ -107,14 +110,27 @@ class Lowering(GraphBuilder):
         # to quantize the input itself (MatMulNBits does).
         if layer.packed.numbers.dtype == torch.int8:
             codes = self.node("Cast", [codes], f"{name}.weight_numbers", to=TensorProto.FLOAT)
-        view = values.reshape(1, -1) if transpose else values.reshape(-1, *[1] * (ndim - 1))
-        return self.node("Mul", [codes, self.constant(f"{name}.weight_scale", view)], out)
+        scale = self.column(f"{name}.weight_scale", values, 0 if transpose else ndim - 1)
+        return self.node("Mul", [codes, scale], out)
 
     def weight_scale(self, layer: IntLayer) -> str:
         """The scales of a weight beside an integer input, (channels,) or ()."""
         assert layer.packed is not None
-        values = layer.packed.scale.numpy()
-        return self.constant(f"{layer.name}.weight_scale", values if values.size > 1 else values.reshape(()))
+        name, values = f"{layer.name}.weight_scale", layer.packed.scale.numpy()
+        return self.vector(name, values) if values.size > 1 else self.constant(name, values.reshape(()))
+
+    def vector(self, name: str, values: np.ndarray) -> str:
+        """A float32 constant (n,), made once per name; a target may hold it in fewer bits."""
+        return self.constant(name, values)
+
+    def parameter(self, tensor: TensorProto) -> None:
+        """A constant of what stays float."""
+        self.initializers[tensor.name] = tensor
+
+    def integers(self, name: str, numbers: np.ndarray) -> str:
+        """An integer constant (n,) for the function `BIAS`; two bytes each where that is enough."""
+        fits = np.abs(numbers).max() < 2**15
+        return self.constant(name, numbers.astype(np.int16 if fits else np.int32))
 
     def conv(self, layer: IntConv, at: str, x: str, y: str, pads: list[int], sizes: list[int]) -> None:
         """A convolution over axes of `sizes`."""
@@ -135,26 +151,28 @@ class Lowering(GraphBuilder):
         if layer.bias_codes is not None:
             inputs.append(self.integer_bias(layer))
         elif layer.bias is not None and not layer.late_bias:
-            inputs.append(self.constant(f"{layer.name}.bias", layer.bias.numpy()))
+            inputs.append(self.vector(f"{layer.name}.bias", layer.bias.numpy()))
         late = layer.bias is not None and len(inputs) == 2
         self.nodes.append(helper.make_node("Conv", inputs, [f"{at}.sum" if late else y], name=at, **kept))
         if late:
             # Given to Conv, a runtime would round it to a grid too coarse or too fine for it.
-            view = layer.bias.numpy().reshape(-1, *[1] * len(layer.kernel_size))  # pyright: ignore
-            bias = self.constant(f"{layer.name}.bias", view)
+            bias = self.column(f"{layer.name}.bias", layer.bias.numpy(), len(layer.kernel_size))  # pyright: ignore
             self.nodes.append(helper.make_node("Add", [f"{at}.sum", bias], [y]))
 
+    def column(self, name: str, values: np.ndarray, axes: int) -> str:
+        """As `vector`, (n,) or (1,), viewed in front of `axes` more axes."""
+        return self.constant(name, values.reshape(-1, *[1] * axes))
+
     def integer_bias(self, layer: IntLayer) -> str:
-        """A bias on the grid of the layer's sums, dequantized; two bytes a channel where that is enough."""
+        """A bias on the grid of the layer's sums, dequantized; made once per layer."""
         out = f"{layer.name}.bias"
-        if f"{out}_codes" in self.initializers:
+        if out in self.made:
             return out
+        self.made.add(out)
         assert layer.input_quantizer is not None
         assert layer.packed is not None
         assert layer.bias_codes is not None
-        numbers = layer.bias_codes.numpy()
-        fits = np.abs(numbers).max() < 2**15
-        codes = self.constant(f"{out}_codes", numbers.astype(np.int16 if fits else np.int32))
+        codes = self.integers(f"{out}_codes", layer.bias_codes.numpy())
         scales = [self.input_scale(layer.input_quantizer), self.weight_scale(layer)]
         self.functions.setdefault(BIAS, bias_function())
         return self.node(BIAS, [codes, *scales], out, domain=DOMAIN)
@@ -167,7 +185,7 @@ class Lowering(GraphBuilder):
         last = f"{at}.sum" if layer.bias is not None else y
         self.nodes.append(helper.make_node("MatMul", [x, weight], [last], name=at))
         if layer.bias is not None:
-            bias = self.constant(f"{layer.name}.negative_bias", -layer.bias.numpy())
+            bias = self.vector(f"{layer.name}.negative_bias", -layer.bias.numpy())
             self.nodes.append(helper.make_node("Sub", [last, bias], [y]))
 
     def embedding(self, layer: IntEmbedding, at: str, x: str, y: str) -> None:
@@ -218,25 +236,29 @@ def lower(
     layers = {m.name: m for m in frozen.modules() if isinstance(m, IntLayer)}
     codes = {m.name: m for m in frozen.modules() if isinstance(m, InputCodes)}
     work = kind(clippings=clippings(model.graph), layers=layers, quantizers=codes)
+    used = {name for node in model.graph.node for name in node.input}
+    for tensor in model.graph.initializer:
+        if tensor.name in used:
+            work.parameter(strip(tensor))
     for node in model.graph.node:
         if node.domain == DOMAIN:
             work.replace(node)
         else:
             clean = NodeProto()
             clean.CopyFrom(node)
-            del clean.metadata_props[:]
-            clean.doc_string = clean.name = ""
+            for unwanted in ("metadata_props", "doc_string", "name"):
+                clean.ClearField(unwanted)
             work.nodes.append(clean)
     nodes = [n for n in work.nodes if n.output[0] not in work.absorbed]
     read = {name for node in nodes for name in node.input}
-    kept = [strip(t) for t in model.graph.initializer if t.name in read]
-    shorten(nodes, [*kept, *work.initializers.values()])
+    kept = [tensor for tensor in work.initializers.values() if tensor.name in read]
+    shorten(nodes, kept)
     graph = helper.make_graph(
         nodes,
         "network",
         [bare(v) for v in model.graph.input],
         [bare(v) for v in model.graph.output],
-        initializer=[*kept, *work.initializers.values()],
+        initializer=kept,
     )
     opsets = [helper.make_opsetid("", OPSET)]
     opsets += [helper.make_opsetid(DOMAIN, 1)] if work.functions else []
@@ -270,8 +292,8 @@ def strip(tensor: TensorProto) -> TensorProto:
     """A copy without metadata."""
     clean = TensorProto()
     clean.CopyFrom(tensor)
-    del clean.metadata_props[:]
-    clean.doc_string = ""
+    clean.ClearField("metadata_props")
+    clean.ClearField("doc_string")
     return clean
 
 

@@ -1,23 +1,20 @@
-"""Gains under which no integer sum of a convolution is rounded differently by float32 and by exact arithmetic.
+"""Scales under which no integer sum of a convolution is rounded differently by float32 and by exact arithmetic.
 
 A convolution with a quantizer behind it takes an integer sum n (bias included) to the code round(n * M), M = input
 scale * weight scale / output scale. For each boundary between two codes one sum lies next to it; where it lies closer
 than float32 resolves, a runtime (which multiplies float32(n) by float32(M)) and the network as defined come to
 different codes, at 8 bits in a few of a million. The sums are integers, so all those cases can be listed (for M above
-2^-14 one sum per boundary; with a smaller M, which takes sums of millions, float32 is unsure of several): `exact_gains`
-moves the gain of a BatchNorm by at most `FARTHEST` steps of 2^-14 until none is left.
+2^-14 one sum per boundary; with a smaller M, which takes sums of millions, float32 is unsure of several):
+`exact_scales` looks for a weight scale without any among short numbers near the trained one.
 """
 
 import torch
 from torch import Tensor
 
-STEP, FARTHEST = 2.0**-14, 24
+from bitwright.deploy.significant import MOST, neighbours
 
-
-def candidates() -> Tensor:
-    """Factors of a gain, (2 * FARTHEST + 1,) float64, the smallest change first."""
-    k = torch.arange(2 * FARTHEST + 1)
-    return 1 + STEP * torch.where(k % 2 == 0, -(k // 2), (k + 1) // 2).double()
+# Numbers of `MOST` significant bits that are tried on each side: a scale moves by 0.3 % at most.
+FARTHEST = 24
 
 
 def undecided(multiplier: Tensor, exact: Tensor, lo: int, hi: int) -> tuple[Tensor, Tensor]:
@@ -40,25 +37,24 @@ def undecided(multiplier: Tensor, exact: Tensor, lo: int, hi: int) -> tuple[Tens
 
 
 @torch.no_grad()
-def exact_gains(gain: Tensor, unit: Tensor, input_scale: Tensor, readers: list[tuple[float, int, int]]) -> Tensor:
-    """The gains to use, float32.
+def exact_scales(scale: Tensor, bits: int, input_scale: Tensor, readers: list[tuple[float, int, int]]) -> Tensor:
+    """The weight scales to use, float64, numbers of `bits` significant bits.
 
     Args:
-        gain: (channels,) float32, of the norm. unit: (channels,) float64: weight scale of the folded layer / gain.
+        scale: (channels,) float64, none 0. bits: at most `MOST`; with fewer, fewer numbers are tried.
         input_scale: (1,) float32. readers: (scale, lowest, highest code from zero) of each quantizer behind the layer.
 
     Returns:
-        Per channel the least change without a wrong boundary and with every sum 8 resolutions away; where there is
-        none the one with the fewest wrong boundaries, then the widest margin. A gain of 0 stays.
+        Per channel the nearest number without a wrong boundary and with every sum 8 resolutions away; where there is
+        none the one with the fewest wrong boundaries, then the widest margin.
     """
-    tried = (gain.double() * candidates().to(gain.device)[:, None]).float()  # (candidates, channels)
-    scale = (tried.double() * unit).float()
-    wrong, margin = torch.zeros_like(scale), torch.full_like(scale, torch.inf, dtype=torch.float64)
+    tried = neighbours(scale, bits, max(FARTHEST >> (MOST - bits), 1)).float()  # (candidates, channels)
+    wrong, margin = torch.zeros_like(tried), torch.full_like(tried, torch.inf, dtype=torch.float64)
     for step, lo, hi in readers:
-        output = torch.tensor(step, dtype=torch.float32, device=gain.device)
-        exact = input_scale.double() * scale.double() / output.double()
-        more, near = undecided(input_scale * scale / output, torch.where(exact == 0, 1.0, exact), lo, hi)
+        output = torch.tensor(step, dtype=torch.float32, device=scale.device)
+        exact = input_scale.double() * tried.double() / output.double()
+        more, near = undecided(input_scale * tried / output, exact, lo, hi)
         wrong, margin = wrong + more, torch.minimum(margin, near)
     score = wrong.double() * 1e6 - margin.clamp(max=8.0)
     best = score.argmin(0)  # the first of equals: the smallest change
-    return torch.where(gain == 0, gain, tried.gather(0, best[None])[0])
+    return tried.gather(0, best[None])[0].double()

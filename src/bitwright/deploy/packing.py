@@ -18,6 +18,11 @@ OPSET = 21
 BIAS = "Bias"  # the name of the function that makes a bias
 
 
+def varints(name: str, numbers: Sequence[int]) -> TensorProto:
+    """An int64 vector as protobuf's own integers: a byte each where they are small and not negative."""
+    return helper.make_tensor(name, TensorProto.INT64, [len(numbers)], numbers)
+
+
 def field_widths(bits: int) -> list[int]:
     """The powers of two that add up to `bits`, widest first: 7 is [4, 2, 1]."""
     return [w for w in (8, 4, 2, 1) if bits & w]

@@ -14,6 +14,7 @@ from torch import Tensor
 from bitwright.deploy.builder import QUANTIZER
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.integer import DOMAIN, IntEmbedding, IntLayer, IntLinear
+from bitwright.deploy.names import spelled_out
 from bitwright.deploy.split import SPLIT, unsplit
 from bitwright.errors import BitwrightError
 
@@ -33,7 +34,11 @@ def refuse_version(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def read(path: Path) -> onnx.ModelProto:
-    """The file as a graph; BitwrightError if it is missing, damaged, of a newer format or not written by `export`."""
+    """The file as a graph, names spelled out.
+
+    Raises:
+        BitwrightError: it is missing, damaged, of a newer format or not written by `export`.
+    """
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except OSError as error:
@@ -43,7 +48,7 @@ def read(path: Path) -> onnx.ModelProto:
     refuse_version(proto, path)
     if proto.producer_name != DOMAIN:
         raise BitwrightError(f"{path}: was not written by bitwright export (its producer is {proto.producer_name!r})")
-    return proto
+    return spelled_out(proto)
 
 
 def open_session(source: str | bytes, path: Path, providers: Sequence[str]) -> onnxruntime.InferenceSession:

@@ -146,7 +146,9 @@ def rewritten(path, target, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m, t: m.update(version="9"), "is of version 9; this loader reads 1"),
+        (lambda m, t: m.update(version="9"), "is of version 9; this loader reads 2"),
+        (lambda m, t: m.update(version="1"), "is of version 1; this loader reads 2"),
+        (lambda m, t: t.update(words=t["words"][:-1]), "is damaged: its words end too early"),
         (lambda m, t: m.pop("format"), "is no packed checkpoint of bitwright"),
         (lambda m, t: t.update(extra=torch.zeros(1)), "only one of the two has extra"),
         (lambda m, t: m.update(network=m["network"].replace('"2"', '"7"')), "'7' that the model lacks"),
@@ -182,7 +184,9 @@ def test_a_changed_weight_is_found(small, tmp_path):
     model, path = small
 
     def flip(metadata, tensors):
-        tensors["2.packed"][0] ^= 1
+        first = json.loads(metadata["network"])["layers"]["0"]
+        rows = [48 * first["bits"], *(about[0] * about[1] for part in ("scale", "bias") if (about := first.get(part)))]
+        tensors["words"][sum(-(-row // 32) for row in rows)] ^= 1
 
     rewritten(path, tmp_path / "flipped", flip)
     report = verify(model, tmp_path / "flipped", [torch.randn(8, 6)])

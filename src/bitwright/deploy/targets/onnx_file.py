@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.deploy.capture import first_line, quiet_export
+from bitwright.deploy.compact_lowering import CompactLowering
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntLayer
 from bitwright.deploy.lower import LayerFile, lower
+from bitwright.deploy.names import shorten
+from bitwright.deploy.outline import outline
 from bitwright.deploy.packing import OPSET
 from bitwright.deploy.probe import frozen_weights, open_session, probe_graph, read, run_session
-from bitwright.deploy.split import SplitLowering
 from bitwright.deploy.targets.opened import Network, frozen_codes
 from bitwright.errors import BitwrightError
 
@@ -76,7 +78,9 @@ def write(proto: onnx.ModelProto, path: Path, example: Tensor) -> int:
 def export_onnx(model: nn.Module, path: Path, example: Tensor) -> ExportReport:
     """Write the file; see `bitwright.deploy.export`."""
     frozen = freeze(model, example)
-    proto, layers = lower(placeholder_graph(frozen, example.cpu()), frozen, SplitLowering)
+    proto, layers = lower(placeholder_graph(frozen, example.cpu()), frozen, CompactLowering)
+    outline(proto)
+    shorten(proto)
     return report(path, write(proto, path, example.cpu()), proto, layers, "onnx")
 
 

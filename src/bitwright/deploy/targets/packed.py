@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bitwright.deploy.attention import IntMultiheadAttention, IntProducts
+from bitwright.deploy.compact import Stream, fixed, floating, whole
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntAdd, IntConv, IntLayer
@@ -24,32 +25,45 @@ from bitwright.errors import BitwrightError
 from bitwright.layers.output import OUTPUT
 
 
+def decimals(t: Tensor) -> list[float]:
+    """float32 numbers by their shortest decimals, which come back as the same float32."""
+    return [float(str(x)) for x in t.numpy()]
+
+
 def fields_of(codes: InputCodes | None) -> dict[str, Any] | None:
-    """A quantizer as JSON; a float32 survives its way through a decimal number exactly."""
+    """A quantizer as JSON."""
     if codes is None:
         return None
-    numbers = {"scale": codes.scale.tolist(), "zero": codes.zero.tolist()}
+    numbers = {"scale": decimals(codes.scale), "zero": decimals(codes.zero)}
     return {"bits": codes.bits, "lo": codes.lo, "hi": codes.hi, "axis": codes.axis, **numbers}
 
 
-def packed_layer(layer: IntLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(fields, tensors) of one layer, as the loader wants them."""
+def packed_layer(layer: IntLayer) -> tuple[dict[str, Any], dict[str, Tensor], list[Tensor]]:
+    """(fields, tensors, words) of one layer, as the loader wants them."""
     fields: dict[str, Any] = {"shape": list(layer.numbers.shape), "input": fields_of(layer.input_quantizer)}
-    tensors = {}
+    tensors, words = {}, []
+
+    def add(part: str, made: Stream | None, name: str, values: Tensor) -> None:
+        if made is None:
+            tensors[name] = values
+        else:
+            fields[part] = list(made.about)
+            words.append(packed_loader.pack(torch.from_numpy(made.codes), made.about[1]))
+
     if layer.packed is None:
         tensors["weight"] = layer.values
     else:
         times = layer.packed.multiple
         fields |= {"bits": layer.bits, "step": times * layer.packed.step, "offset": times * layer.packed.offset}
-        tensors["packed"] = packed_loader.pack(layer.packed.stored, layer.bits)
-        tensors["scale"] = layer.packed.scale
+        words.append(packed_loader.pack(layer.packed.stored, layer.bits))
+        add("scale", floating(layer.packed.scale.numpy()), "scale", layer.packed.scale)
     if isinstance(layer, IntConv) and layer.same:
         fields["same"] = True
     if layer.bias_codes is not None:
-        tensors["bias_codes"] = layer.bias_codes.to(torch.int32)
+        add("bias", whole(layer.bias_codes.numpy()), "bias_codes", layer.bias_codes.int())
     elif layer.bias is not None:
-        tensors["bias"] = layer.bias
-    return fields, tensors
+        add("bias", fixed(layer.bias.numpy()), "bias", layer.bias)
+    return fields, tensors, words
 
 
 def refuse_attention(frozen: nn.Module) -> None:
@@ -68,14 +82,15 @@ def contents(model: nn.Module, frozen: nn.Module) -> tuple[dict[str, Any], dict[
     refuse_attention(frozen)
     network: dict[str, Any] = {"layers": {}, "sums": {}, "outputs": {}, "norms": []}
     tensors: dict[str, Tensor] = {}
-    files, ours = [], set()
+    files, ours, words = [], set(), []
     for name, module in frozen.named_modules():
         if isinstance(module, IntLayer | IntAdd | InputCodes):
             ours |= {id(t) for t in module.buffers()}
         if isinstance(module, IntLayer):
-            network["layers"][name], own = packed_layer(module)
+            network["layers"][name], own, rows = packed_layer(module)
+            words += rows
             tensors |= {f"{name}.{part}" if name else part: tensor for part, tensor in own.items()}
-            packing, held = ("float32", own["weight"]) if "weight" in own else ("int32 words", own["packed"])
+            packing, held = ("float32", own["weight"]) if "weight" in own else ("int32 words", rows[0])
             files.append(LayerFile(name, module.bits, packing, module.numbers.numel(), held.nbytes))
         elif isinstance(module, IntAdd):
             network["sums"][name] = [fields_of(module.input_quantizer), fields_of(module.other_quantizer)]
@@ -89,6 +104,8 @@ def contents(model: nn.Module, frozen: nn.Module) -> tuple[dict[str, Any], dict[
     ]
     rest = frozen.state_dict(keep_vars=True)
     tensors |= {name: tensor.detach() for name, tensor in rest.items() if id(tensor) not in ours}
+    if words:
+        tensors["words"] = torch.cat(words)
     return network, {name: t.clone().contiguous() for name, t in tensors.items()}, files
 
 

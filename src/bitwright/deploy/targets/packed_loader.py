@@ -4,11 +4,20 @@ This file needs torch and safetensors alone: copied beside a model, it loads wha
 no bitwright. `load(path, model)` replaces each quantized layer by one that computes on its integers exactly.
 
 The file: safetensors whose metadata has `format` and `version`, and as `network` a JSON object {"layers": {name:
-fields}, "sums", "outputs", "norms"}. Per layer: `NAME.packed`, int32 words that hold unsigned codes of `bits` bits
-each, one after the other from the lowest bit upwards (compressed-tensors' `pack_to_int32` of the flattened weight,
-codes less 2^(bits - 1)); weight = (step * code + offset) * `NAME.scale`, per output channel or (1,);
-`NAME.bias_codes`, int32 on the grid input scale * scale, or `NAME.bias`, float32. Norms that followed a layer are
-folded into it. Everything else is stored as it was, under its own name.
+fields}, "sums", "outputs", "norms"}. What a layer needs lies in one int32 tensor, `words`: layer after layer in the
+order of the JSON object, and for each layer its weight, its scales and its bias, as far as `fields` has them. Each is a
+row of unsigned codes of some bits, one after the other from the lowest bit upwards, and begins with a new word
+(compressed-tensors' `pack_to_int32` of a flattened weight, codes less 2^(bits - 1)).
+
+Weight: `bits`, `shape`, `step` and `offset`: (step * code + offset) * scale.
+Scales, per output channel: `scale`: [count, bits, signs, m, first, k]: with p = code // signs + first the size is
+(m + p % m) * 2^(p // m - k), negative where code % signs is 1.
+Bias: `bias`: [count, bits, shift], integers code - shift on the grid input scale * scale; or [count, bits, shift, k]:
+(code - shift) * 2^-k.
+
+Scales and biases that are no such numbers are tensors: `NAME.scale`, float32, `NAME.bias_codes`, int32, and
+`NAME.bias`, float32; a weight that is not quantized is `NAME.weight`, float32. Norms that followed a layer are folded
+into it. Everything else is stored as it was, under its own name.
 """
 
 import json
@@ -21,8 +30,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-FORMAT, VERSION = "bitwright-packed", "1"
+FORMAT, VERSION = "bitwright-packed", "2"
 WORD = 32
+# 2^-k, exact.
+POWERS = [2.0**-k for k in range(64)]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -47,6 +58,45 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
         word, shift = divmod(i * bits, WORD)
         codes.append(((groups[:, word] | groups[:, word + 1] << WORD) >> shift) & (2**bits - 1))
     return torch.stack(codes, 1).flatten()[:count]
+
+
+class Words:
+    """Reads rows of codes of the file at `path`, one behind the other."""
+
+    def __init__(self, path: str | Path, words: Tensor):
+        self.path, self.words, self.at = path, words, 0
+
+    def take(self, count: int, bits: int) -> Tensor:
+        """The next `count` codes, int64; ValueError where the file ends before."""
+        end = self.at + math.ceil(count * bits / WORD)
+        if end > self.words.numel():
+            raise ValueError(f"{self.path}: is damaged: its words end too early")
+        part, self.at = self.words[self.at : end], end
+        return unpack(part, bits, count)
+
+    def scale(self, about: list[int]) -> Tensor:
+        """Scales, float32, exact."""
+        count, bits, signs, m, first, k = about
+        code = self.take(count, bits)
+        place = code // signs + first
+        size = (m + place % m) * torch.tensor(POWERS, dtype=torch.float64)[k - place // m]
+        return torch.where(code % signs == 1, -size, size).float()
+
+    def bias(self, about: list[int]) -> dict[str, Tensor]:
+        """{"bias_codes": integers} or {"bias": float32}."""
+        count, bits, shift, *k = about
+        number = self.take(count, bits) - shift
+        return {"bias": (number * POWERS[k[0]]).float()} if k else {"bias_codes": number.int()}
+
+    def layer(self, fields: dict[str, Any]) -> dict[str, Tensor]:
+        """The tensors of a layer by the names of `Layer`'s buffers."""
+        made = {}
+        if "bits" in fields:
+            codes = self.take(math.prod(fields["shape"]), fields["bits"])
+            made["numbers"] = (codes * fields["step"] + fields["offset"]).to(torch.int16).view(fields["shape"])
+        if "scale" in fields:
+            made["scale"] = self.scale(fields["scale"])
+        return made | (self.bias(fields["bias"]) if "bias" in fields else {})
 
 
 class Codes(nn.Module):
@@ -89,13 +139,7 @@ class Layer(nn.Module):
 
     def __init__(self, source: Any, fields: dict[str, Any], tensors: dict[str, Tensor]):
         super().__init__()
-        shape = fields["shape"]
-        if "bits" in fields:
-            numbers = unpack(tensors["packed"], fields["bits"], math.prod(shape)) * fields["step"] + fields["offset"]
-            numbers = numbers.to(torch.int16).view(shape)
-        else:
-            numbers = tensors["weight"]
-        self.register_buffer("numbers", numbers)
+        self.register_buffer("numbers", tensors["numbers"] if "numbers" in tensors else tensors["weight"])
         for name in ("scale", "bias", "bias_codes"):
             self.register_buffer(name, tensors.get(name))
         self.input_quantizer = Codes(fields["input"]) if fields["input"] else None
@@ -188,15 +232,16 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     network, tensors = read(path)
     modules = dict(model.cpu().eval().named_modules())
     rest = dict(tensors)
+    words = Words(path, rest.pop("words", torch.zeros(0, dtype=torch.int32)))
     made: dict[str, nn.Module] = {}
     try:
         for name, fields in network["layers"].items():
             prefix = f"{name}." if name else ""
-            parts = ("packed", "weight", "scale", "bias", "bias_codes")
+            parts = ("weight", "scale", "bias", "bias_codes")
             own = {part: rest.pop(prefix + part) for part in parts if prefix + part in rest}
             if list(modules[name].weight.shape) != fields["shape"]:  # pyright: ignore
                 raise ValueError(f"{path}: is of another network: {name}.weight has shape {fields['shape']}")
-            made[name] = Layer(modules[name], fields, own)
+            made[name] = Layer(modules[name], fields, own | words.layer(fields))
         made |= {name: Sum(fields) for name, fields in network["sums"].items()}
         for name in network["norms"]:
             norm: Any = modules[name]

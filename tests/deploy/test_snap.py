@@ -1,0 +1,156 @@
+"""Snapped networks: scales and biases of few bits in the training form, the frozen form and every file."""
+
+import copy
+
+import pytest
+import torch
+from deploy_nets import quantized
+from torch import nn
+
+import bitwright as bw
+from bitwright.deploy import export, freeze, snap_biases, verify
+from bitwright.deploy.compact import fixed, floating, whole
+from bitwright.deploy.integer import IntLayer
+from bitwright.deploy.probe import read
+from bitwright.deploy.significant import significant_bits
+from bitwright.deploy.targets import packed_loader
+
+
+class Separable(nn.Module):
+    """A convolution, a depth-wise one and a product, with norms of all kinds of gains, then two linear layers."""
+
+    def __init__(self, channels: int = 48):
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.depth = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.point = nn.Conv2d(channels, channels, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(3))
+        self.plain = nn.Conv2d(channels, channels, 1)
+        self.norm = nn.LayerNorm(channels)
+        self.hidden, self.head = nn.Linear(channels, channels), nn.Linear(channels, 5)
+        for norm in self.norms:
+            nn.init.normal_(norm.weight, 0.5, 0.5)
+            nn.init.normal_(norm.bias, 0.0, 0.5)
+            nn.init.uniform_(norm.running_var, 0.1, 2.0)
+            nn.init.normal_(norm.running_mean, 0.0, 0.2)
+            with torch.no_grad():
+                norm.weight[:3] = torch.tensor([0.0, 1e-12, -1.0])
+        nn.init.normal_(self.norm.weight, 1.0, 0.2)
+
+    def forward(self, x):
+        for layer, norm in zip((self.stem, self.depth, self.point), self.norms, strict=True):
+            x = norm(layer(x)).relu()
+        x = self.plain(x).mean((2, 3))
+        return self.head(self.hidden(self.norm(x)).relu())
+
+
+def network(bits: int, topology: str | None = None):
+    """(model, images), quantized at every layer."""
+    torch.manual_seed(bits)
+    model, x = Separable().eval(), torch.randn(64, 3, 8, 8)
+    rules = bw.rules(f"w{bits}a{bits}", ends=None)
+    if topology:
+        rules += bw.topology(model, x[:2], topology)
+    bw.calibrate(bw.prepare(model, rules), [x]).eval()
+    return model, x
+
+
+def layers_of(frozen: nn.Module) -> dict[str, IntLayer]:
+    return {m.name: m for m in frozen.modules() if isinstance(m, IntLayer)}
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_scale_and_bias_is_short(bits):
+    model, x = network(bits)
+    before = copy.deepcopy(model)
+    snap_biases(model, x[:2])
+    found = layers_of(freeze(model, x[:2]))
+    assert len(found) == 6
+    for name, layer in found.items():
+        values = layer.weight_scale.numpy()
+        made = floating(values)
+        mantissas = made.about[3]
+        assert mantissas <= 2 ** (significant_bits(bits) - 1), name
+        assert len(set(values.tolist())) > 2, name
+        if layer.bias_codes is not None:
+            assert whole(layer.bias_codes.numpy()) is not None
+        elif layer.bias is not None:
+            assert fixed(layer.bias.numpy()).about[1] <= 17, name
+    x = torch.randn(64, 3, 8, 8)
+    with torch.no_grad():
+        distance = (model(x) - before(x)).pow(2).mean().sqrt() / before(x).std()
+    assert distance < {2: 0.5, 4: 0.2, 8: 0.05}[bits]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("topology", [None, "res8"])
+@pytest.mark.parametrize("snapped", [True, False])
+def test_files_are_the_network_in_every_runtime(bits, topology, snapped, tmp_path):
+    model, x = network(bits, topology)
+    if snapped:
+        snap_biases(model, x[:2])
+    frozen = freeze(model, x[:2])
+    path = tmp_path / "net"
+    for target in ("onnx", "packed"):
+        export(model, path, x[:2], target=target)
+        for runtime in ("default", "native") if target == "onnx" else ("default",):
+            report = verify(model, path, [x], runtime=runtime)
+            for row in report.rows():
+                if row["what"] == "weight":
+                    assert row["different_file"] == row.get("different_bias", 0) == 0, (target, runtime, row)
+            if snapped:
+                assert report.ok, (target, runtime, report.first_difference)
+        if target == "onnx":
+            functions = {f.name for f in read(path).functions}
+            assert not snapped or {"Floating", "Bits"} <= functions
+        else:
+            with torch.no_grad():
+                assert torch.equal(bw.load_packed(path, Separable())(x), frozen(x))
+
+
+def test_snapping_again_changes_nothing_that_is_stored(tmp_path):
+    model, x = network(4)
+    snap_biases(model, x[:2])
+    export(model, tmp_path / "one", x[:2], target="packed")
+    snap_biases(model, x[:2])
+    export(model, tmp_path / "two", x[:2], target="packed")
+    one, two = (packed_loader.read(tmp_path / name) for name in ("one", "two"))  # metadata come in any order
+    assert one[0] == two[0]
+    assert one[1].keys() == two[1].keys()
+    assert all(torch.equal(tensor, two[1][name]) for name, tensor in one[1].items())
+
+
+def test_constant_channels_need_no_wider_biases():
+    """A filter of zeros and a gain of 0 leave a bias alone, with a scale among the others'."""
+    model, x = network(4)
+    with torch.no_grad():
+        model.stem.weight[5] = 0.0
+    snap_biases(model, x[:2])
+    stem = layers_of(freeze(model, x[:2]))["stem"]
+    constant = (stem.weight_codes == 0).flatten(1).all(1)
+    assert constant[:2].all()
+    assert constant[5]
+    assert not constant.all()
+    scale, codes = stem.weight_scale.abs(), stem.bias_codes.abs()
+    assert scale[~constant].min() <= scale[constant].min()
+    assert scale[constant].max() <= scale[~constant].max()
+    assert codes[constant].max() <= max(int(codes[~constant].max()), 2**10)
+    shift = model.norms[0].bias - model.norms[0].running_mean * model.norms[0].weight / (
+        (model.norms[0].running_var + model.norms[0].eps).sqrt()
+    )
+    torch.testing.assert_close(stem.bias[constant], shift[constant], rtol=1e-5, atol=1e-6)
+
+
+def test_a_file_of_a_snapped_network_is_smaller(tmp_path):
+    model = quantized(
+        nn.Sequential(nn.Conv2d(3, 256, 3), nn.ReLU(), nn.Conv2d(256, 256, 1), nn.Flatten()),
+        "w4a4",
+        torch.randn(16, 3, 6, 6),
+        ends=None,
+    )
+    x = torch.randn(2, 3, 6, 6)
+    before = {t: export(model, tmp_path / t, x, target=t).size_bytes for t in ("onnx", "packed")}
+    snap_biases(model, x)
+    for target, size in before.items():
+        smaller = export(model, tmp_path / target, x, target=target).size_bytes
+        assert smaller < size - 512
