@@ -25,8 +25,11 @@ def assert_same(model: nn.Module, frozen: nn.Module, x: Tensor, atol: float = 2e
     torch.testing.assert_close(got, wanted, atol=atol, rtol=2e-6)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("grid", GRIDS)
+# Powers of two at 1 bit: see the end of TQT's docstring.
+WIDTHS = [(grid, bits) for grid in GRIDS for bits in (1, 2, 3, 4, 8) if (grid, bits) != ("tqt", 1)]
+
+
+@pytest.mark.parametrize(("grid", "bits"), WIDTHS)
 def test_every_grid_at_every_width(grid, bits):
     model = mixed_net(grid, bits)
     snap_biases(model, torch.randn(2, 3, 8, 8))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from deploy_nets import exported, mixed_net, quantized, shipped, trained_resnet
 from onnx import numpy_helper
-from test_freeze import Attending
+from test_freeze import WIDTHS, Attending
 from torch import nn
 
 import bitwright as bw
@@ -22,8 +22,7 @@ from bitwright.errors import BitwrightError
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("grid", ["lsq", "lsq+", "pact", "dorefa", "sat", "minmax", "tqt"])
+@pytest.mark.parametrize(("grid", "bits"), WIDTHS)
 def test_every_grid_at_every_width_in_the_runtime(grid, bits, tmp_path):
     model = mixed_net(grid, bits)
     snap_biases(model, torch.randn(2, 3, 8, 8))

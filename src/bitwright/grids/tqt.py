@@ -26,7 +26,9 @@ class TQT(Grid):
     gradient sums over a tensor's elements without a factor: use an optimizer that divides by its size (the paper
     has Adam, rate 0.01 for thresholds; in a recipe `optimizer.quantizer_lr`), or `lsq` under SGD.
 
-    Where the bits change, inputs keep their range and weights follow the best step, as in `LSQ`.
+    Where the bits change, inputs keep their range and weights follow the best step, as in `LSQ`. Use 2 bits or more: at
+    1 bit sums and means of such values often lie exactly between two codes, where the training form's float32
+    rounds one way and the integer form the other, and `verify` refuses the file.
     """
 
     def __init__(self, shape: Shape):
