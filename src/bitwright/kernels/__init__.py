@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitwright.kernels import deferred, fused, reference, traced
 from bitwright.kernels.deferred import Deferred
+from bitwright.kernels.norm import WIDEST
 from bitwright.kernels.reference import EPS, KernelRule, Rounding, scale_gradient
 from bitwright.kernels.sources import Source, keep_sources, noted, remember
 
@@ -142,15 +143,15 @@ def is_dense(x: Tensor) -> bool:
 
 
 def takes_norm(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether a batch norm of `x` in training may wait for its reader (`bitwright.kernels.deferred`)."""
+    """Whether a batch norm of `x` in training mode may wait for its reader (`bitwright.kernels.deferred`)."""
     return (
         weight is not None
         and x.device.type == "cpu"
         and type(x) is Tensor
-        and x.requires_grad
-        and torch.is_grad_enabled()
+        and (x.requires_grad or not torch.is_grad_enabled())
         and takes_fused(x, weight)
-        and x.is_contiguous()
+        and not torch.is_inference_mode_enabled()
+        and (x.is_contiguous() or x.shape[1] <= WIDEST)
         and x.numel() > x.shape[1]
         and fused_available()
     )

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 class Pending:
     """What a deferred tensor holds: norm(x), plus `other`, relu; `value` once somebody has read it.
 
-    x: float32 or bfloat16 on the CPU, contiguous, (samples, channels, ...). other: of the same kind, or None.
+    x: float32 or bfloat16 on the CPU, dense (`bitwright.kernels.norm.measure`). other: of the same kind, or None.
     """
 
     def __init__(self, x: Tensor, norm: Norm, other: Tensor | None = None, relu: bool = False):
@@ -55,6 +55,15 @@ class Pending:
             self.note_versions()
             assert self.value is not None
         return self.value
+
+    def quantize(self, *quantizer: Any) -> Tensor:
+        """The values quantized; arguments: of `bitwright::fake_quantize` behind its first."""
+        # A sum has another reader nearly always; and its second operand need not be kept when its value is.
+        keep = self.other is not None
+        self.value, y = norms.forward(self.x, self.norm, plain(self.other), self.relu, quantizer, keep)
+        self.note_versions()
+        assert y is not None
+        return y
 
 
 class Deferred(Tensor):
@@ -116,18 +125,26 @@ def watched(t: Deferred) -> bool:
     return bool(t._backward_hooks) or t.retains_grad
 
 
+def differentiable(t: Deferred) -> bool:
+    """Whether what is made of `t` now has a gradient; without one `t` is a constant, whatever made it."""
+    return torch.is_grad_enabled() and t.requires_grad
+
+
 def relu(t: Deferred) -> Tensor | None:
     """Relu of what waits; None where it does not."""
     p = t.pending
-    return None if p.value is not None else join(Deferred(Pending(p.x, p.norm, p.other, True)))
+    if p.value is not None:
+        return None
+    made = Deferred(Pending(p.x, p.norm, p.other, True))
+    return join(made) if differentiable(t) else made
 
 
 def relu_(t: Deferred) -> Tensor | None:
     """The same in place."""
-    if t.pending.value is not None or watched(t) or not torch.is_grad_enabled():
+    if t.pending.value is not None or watched(t) or (t.requires_grad and not differentiable(t)):
         return None
     t.pending.relu = True
-    return join(t)
+    return join(t) if t.requires_grad else t
 
 
 def addable(t: Any, other: Any, alpha: float) -> bool:
@@ -191,10 +208,7 @@ class Joined(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         y = None
         if rest:
-            # A sum has another reader nearly always; and its second operand need not be kept when its value is.
-            extra = (pending.relu, (scale, zeros, *rest), other is not None)
-            pending.value, y = norms.forward(x, pending.norm, plain(other), *extra)
-            pending.note_versions()
+            y = pending.quantize(scale, zeros, *rest)
         ctx.save_for_backward(x, weight, bias, *pending.norm[2:], pending.value, scale, zeros, *rest[:5])
         # A sum's values, if any, are not there yet; in all other cases the node must not outlive what it saves.
         ctx.sum = pending if other is not None and not rest else None
@@ -232,7 +246,8 @@ def batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, eps: float, momentum: float
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` in training, deferred; arguments: see `bitwright.kernels.norm.measure`."""
-    return join(Deferred(Pending(x, norms.measure(x, weight, bias, running, eps, momentum))))
+    made = Deferred(Pending(x, norms.measure(x, weight, bias, running, eps, momentum)))
+    return join(made) if torch.is_grad_enabled() else made
 
 
 def quantize(tensor: Deferred, scale: Tensor, zeros: Tensor | None, *rest: Any) -> Tensor | None:
@@ -241,9 +256,13 @@ def quantize(tensor: Deferred, scale: Tensor, zeros: Tensor | None, *rest: Any) 
     scale, zeros and rest: the arguments of `bitwright::fake_quantize` behind its first.
     """
     p = tensor.pending
-    if p.value is not None or watched(tensor) or scale.numel() > 1 or not torch.is_grad_enabled():
+    if p.value is not None or scale.numel() > 1:
         return None
     p.check()
+    if not torch.is_grad_enabled():
+        return p.quantize(scale, zeros, *rest)
+    if watched(tensor) or not tensor.requires_grad:
+        return None
     y = join(tensor, scale, zeros, *rest)
     if p.value is None:
         return remember(y, NormSource(p.x, p.norm, p.relu, (scale, zeros, *rest)))

@@ -52,15 +52,19 @@ class NormSource(NamedTuple):
 
 
 def remember(y: Tensor, source: Source | NormSource) -> Tensor:
-    """Note on `y` what it was made from. What is computed from `y` has no note; writing to `y` makes the note void."""
-    y.bitwright_source = source, y._version  # pyright: ignore[reportAttributeAccessIssue]
+    """Note on `y` what it was made from. What is computed from `y` has no note; writing to `y` makes the note void.
+
+    Tensors of `torch.inference_mode`, which do not say whether somebody wrote to them, get none.
+    """
+    if not y.is_inference():
+        y.bitwright_source = source, y._version  # pyright: ignore[reportAttributeAccessIssue]
     return y
 
 
 def noted(t: Tensor) -> Source | NormSource | None:
     """What `t` was made from, if that is known and `t` is still the same."""
     source, version = getattr(t, "bitwright_source", (None, 0))
-    return source if version == t._version else None
+    return source if source is not None and version == t._version else None
 
 
 def keep_sources(*quantized: Tensor) -> AbstractContextManager[Any]:
