@@ -11,7 +11,7 @@ from torch import nn
 import bitwright as bw
 from bitwright import kernels
 from bitwright.kernels.deferred import Deferred
-from bitwright.layers.norm import QuantBatchNorm2d
+from bitwright.layers.waiting import QuantBatchNorm2d
 
 pytestmark = pytest.mark.skipif(not kernels.fused_available(), reason="no C compiler on this machine")
 
