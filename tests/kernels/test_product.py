@@ -35,6 +35,17 @@ def test_values_and_gradients(shape, bias):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(64,), (3, 40)])
+def test_the_output_may_be_written_to(shape):
+    results = []
+    for function in (product.linear, F.linear):
+        x, w, b = (t.requires_grad_() for t in operands(shape, True))
+        y = F.relu_(function(x, w, b))
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), (x, w, b))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
 def test_strided_operands():
     x, w, _ = operands((64,), False)
     wide = torch.stack([x, x], 1).requires_grad_()

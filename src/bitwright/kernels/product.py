@@ -45,24 +45,27 @@ def rows_by_rows(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(torch.autograd.Function):
-    """`torch.nn.functional.linear`; twice differentiable, the second time by torch's own operators."""
+    """`torch.nn.functional.linear` of a matrix; twice differentiable, the second time by torch's own operators."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return rows_by_rows(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        return rows_by_rows(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         wants = ctx.needs_input_grad
         multiply = F.linear if torch.is_grad_enabled() else rows_by_rows
-        g, rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-        dx = multiply(g, weight.t()).view(x.shape) if wants[0] else None
-        dweight = multiply(g.t(), rows.t()) if wants[1] else None
+        dx = multiply(g, weight.t()) if wants[0] else None
+        dweight = multiply(g.t(), x.t()) if wants[1] else None
         return dx, dweight, g.sum(0) if wants[2] else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`, up to rounding."""
-    return Linear.apply(x, weight, bias) if takes(x, weight) else F.linear(x, weight, bias)  # pyright: ignore
+    if not takes(x, weight):
+        return F.linear(x, weight, bias)
+    y: Tensor = Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # pyright: ignore[reportAssignmentType]
+    # Outside: a view that a Function gives may not be written to.
+    return y.view(*x.shape[:-1], -1) if x.ndim != 2 else y
