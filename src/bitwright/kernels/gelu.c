@@ -1,11 +1,11 @@
-/* GELU and quantization as one pass each way; its values are within two units in the last place, as torch's are. */
+/* GELU and quantization as one pass each way. Values err by up to 4e-7 (torch: 1e-6). */
 #include "norm.c"
 
 /* exp(-x^2 / 2). */
 INLINE float bell(float x) { return exp_negative(-0.5f * x * x); }
 
-/* The normal distribution function at x, given bell(x): below zero the bell times a polynomial in 1 / (1 + |x| / 4), least
-   squares reweighted to an even error of 2e-8. */
+/* The normal distribution function at x, given bell(x). Below zero it is the bell times a polynomial in
+   1 / (1 + |x| / 4), fitted by least squares reweighted to an even error of 2e-8. */
 INLINE float normal(float x, float e) {
     const float t = 1.0f / (1.0f + 0.25f * fabsf(x));
     float q = -0.0959992543f;
