@@ -13,10 +13,10 @@ from bitwright.layers import (
     QuantLayer,
     SharedInput,
     attach_output,
-    defer_norms,
     detach_output,
     has_output,
     is_quantized,
+    let_wait,
     quantizer_in,
     swap,
     target_class,
@@ -74,7 +74,7 @@ def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
             if type(module) is not original:
                 unswap(module, original)
         raise
-    defer_norms(model)
+    let_wait(model)
     for module in model.modules():
         disable_fast_path(module)
     return model

@@ -34,6 +34,7 @@ def norm_gradients(dv, x, n):
 @given(
     seed=st.integers(0, 2**31),
     shape=st.tuples(*[st.integers(1, 7)] * 3, st.sampled_from([1, 5, 16, 1500])),
+    layout=st.sampled_from(["contiguous", "channels_last"]),
     special=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
     bits=st.integers(1, 8),
@@ -44,10 +45,10 @@ def norm_gradients(dv, x, n):
     read=st.sampled_from(["quantized", "values", "both"]),
     name=st.sampled_from(sorted(ESTIMATORS)),
 )
-def test_fuzz(seed, shape, special, dtype, bits, signed, offset, added, relu, read, name):
+def test_fuzz(seed, shape, layout, special, dtype, bits, signed, offset, added, relu, read, name):
     rng = torch.Generator().manual_seed(seed)
-    x = make_tensor(shape, "contiguous", False, dtype, rng)
-    other = make_tensor(shape, "contiguous", special, dtype, rng) if added else None
+    x = make_tensor(shape, layout, False, dtype, rng)
+    other = make_tensor(shape, layout, special, dtype, rng) if added else None
     n = measured(x, rng)
     codes, scale = code_range(bits, signed), torch.rand(1, generator=rng) + 0.05
     zero = torch.randn(1, generator=rng) if offset else codes.zero
@@ -69,7 +70,7 @@ def test_fuzz(seed, shape, special, dtype, bits, signed, offset, added, relu, re
     assert alone is None
     torch.testing.assert_close(again, y, rtol=0, atol=0, equal_nan=True)
 
-    gy, gz = (torch.randn(shape, generator=rng).to(dtype) for _ in range(2))
+    gy, gz = (torch.empty_like(x).copy_(torch.randn(shape, generator=rng)) for _ in range(2))
     kept = z if added else None
     quantized = quantizer if read != "values" else None
     given_y, given_z = gy if read != "values" else None, gz if read != "quantized" else None
@@ -98,25 +99,59 @@ def test_fuzz(seed, shape, special, dtype, bits, signed, offset, added, relu, re
         torch.testing.assert_close(have.double(), want, rtol=rtol, atol=atol)
 
 
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [5, 64, 700])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_statistics_and_values_are_those_of_torch(dtype):
-    x = (torch.randn(6, 5, 9, 31) * 3 + 1).to(dtype)
-    weight, bias = torch.randn(5), torch.randn(5)
-    ours, theirs = (torch.randn(5), torch.rand(5)), None
-    theirs = tuple(t.clone() for t in ours)
+def test_statistics_and_values_are_those_of_torch(dtype, channels, layout):
+    x = (torch.randn(6, channels, 9, 31) * 3 + 1).to(dtype).contiguous(memory_format=layout)
+    weight, bias = torch.randn(channels), torch.randn(channels)
+    ours = torch.randn(channels), torch.rand(channels)
+    theirs = [t.double() for t in ours]
     versions = [t._version for t in ours]
     n = norm.measure(x, weight, bias, ours, 1e-3, 0.3)
-    y, mean, invstd = torch.native_batch_norm(x, weight, bias, *theirs, True, 0.3, 1e-3)
-    torch.testing.assert_close(n.mean, mean, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(n.invstd, invstd, rtol=1e-6, atol=0)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    # In double precision: torch itself sums some layouts and types in single precision.
+    y, mean, invstd = torch.native_batch_norm(*(t.double() for t in (x, weight, bias)), *theirs, True, 0.3, 1e-3)
+    torch.testing.assert_close(n.mean, mean.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(n.invstd, invstd.float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours, tuple(t.float() for t in theirs), rtol=1e-6, atol=1e-6)
     assert all(t._version > before for t, before in zip(ours, versions, strict=True))
     made = norm.forward(x, n, None, False, None, True)[0]
-    torch.testing.assert_close(made, y, rtol=1e-6 if dtype == torch.float32 else 0.01, atol=1e-5)
+    torch.testing.assert_close(made.double(), y, rtol=1e-6 if dtype == torch.float32 else 0.01, atol=1e-5)
 
 
-def test_nan_in_a_batch_is_nan_in_its_channel():
-    x = torch.randn(2, 3, 4, 4)
+def test_statistics_far_from_zero():
+    x = (torch.randn(8, 16, 32, 32, dtype=torch.float64) + 1e4).float().contiguous(memory_format=torch.channels_last)
+    n = norm.measure(x, torch.ones(16), torch.zeros(16), None, 0.0, 0.1)
+    variance = x.double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(n.invstd.double(), variance.rsqrt(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 700, 5, 5), (2, norm.WIDEST, 2, 3), (70, 13, 33, 35)])
+def test_the_layout_changes_sums_only(shape):
+    rng = torch.Generator().manual_seed(0)
+    x, other, gy, gz = (torch.randn(shape, generator=rng) for _ in range(4))
+    codes = code_range(4, False)
+    quantizer = (torch.tensor([0.1]), None, codes.lo, codes.hi, None, None, None, 0.0, 0, 9, 0, False)
+    n = measured(x, rng)
+    results = []
+    for layout in LAYOUTS:
+        t = [a.contiguous(memory_format=layout) for a in (x, other, gy, gz)]
+        z, y = norm.forward(t[0], n, t[1], True, quantizer, True)
+        results.append((z, y, norm.backward(t[2], t[3], t[0], z, n, True, quantizer)))
+    (z, y, a), (z_last, y_last, b) = results
+    assert torch.equal(z, z_last)
+    assert torch.equal(y, y_last)
+    assert b.x.stride() == z_last.stride()
+    for want, got in zip(a[:5], b[:5], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_in_a_batch_is_nan_in_its_channel(layout):
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=layout)
     x[0, 1, 2, 3] = torch.nan
     n = measured(x, torch.Generator().manual_seed(0))
     z = norm.forward(x, n, None, True, None, True)[0]
@@ -124,8 +159,9 @@ def test_nan_in_a_batch_is_nan_in_its_channel():
     assert z[:, [0, 2]].isfinite().all()
 
 
-def test_threads_do_not_change_a_bit():
-    x, gy = torch.randn(5, 6, 40, 41), torch.randn(5, 6, 40, 41)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_threads_do_not_change_a_bit(layout):
+    x, gy = (torch.randn(5, 6, 80, 81).contiguous(memory_format=layout) for _ in range(2))
     codes = code_range(4, False)
     quantizer = (torch.tensor([0.1]), None, codes.lo, codes.hi, None, None, None, 0.0, 0, 9, 0, False)
     before, results = torch.get_num_threads(), []

@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitwright import QuantizerSpec, kernels
-from bitwright.grids import Shape
+from bitwright.grids import Shape, code_range
+from bitwright.kernels import fused
 from bitwright.quantizer import Quantizer
 
 
@@ -36,3 +37,20 @@ def test_a_learned_scale_costs_one_operator_forward_and_one_backward(estimator, 
     random = ["aten::randint"] if estimator == "pege" else []  # the seed of its mask
     assert forward.seen == [*random, "bitwright::fake_quantize"]
     assert [n for n in backward.seen if n != "aten::detach"] == ["bitwright::fake_quantize_backward"]
+
+
+@pytest.mark.skipif(not kernels.fused_available(), reason="no C compiler on this machine")
+def test_the_way_past_the_dispatcher_is_the_same_function():
+    x, scale = torch.randn(5, 7, requires_grad=True), torch.tensor([0.3], requires_grad=True)
+    codes = code_range(4, True)
+    arguments = (x, scale, None, codes.lo, codes.hi, None, None, None, 0.0, 0, 9, 0, False)
+    direct, dispatched = fused.quantize(*arguments), torch.ops.bitwright.fake_quantize(*arguments)
+    assert torch.equal(direct, dispatched)
+    g = torch.randn(5, 7)
+    for a, b in zip(*(torch.autograd.grad(y, (x, scale), g) for y in (direct, dispatched)), strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        assert torch.equal(fused.quantize(*arguments), direct)
+    first = torch.autograd.grad(fused.quantize(*arguments), x, g.requires_grad_(), create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

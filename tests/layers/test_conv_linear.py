@@ -195,3 +195,14 @@ def test_quantizers_take_the_precision_of_their_layer(dtype):
     assert y.dtype == dtype
     y.sum().backward()
     assert all(q.grid.scale.dtype == dtype for q in bw.quantizers(model).values())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_inference_mode(training):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    x = torch.randn(2, 3, 9, 9)
+    bw.calibrate(bw.prepare(net, W4A4), [x]).train(training)
+    with torch.no_grad():
+        expected = net(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(net(x), expected)

@@ -11,7 +11,7 @@ from torch import nn
 import bitwright as bw
 from bitwright import kernels
 from bitwright.kernels.deferred import Deferred
-from bitwright.layers.norm import QuantBatchNorm2d
+from bitwright.layers.waiting import QuantBatchNorm2d
 
 pytestmark = pytest.mark.skipif(not kernels.fused_available(), reason="no C compiler on this machine")
 
@@ -89,10 +89,13 @@ class Net(nn.Module):
         return sum(made) if isinstance(made, tuple) else made
 
 
-def twins(reader, seed=0):
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def twins(reader, seed=0, layout=torch.contiguous_format):
     """A prepared network in training, and its copy with torch's batch norms."""
     torch.manual_seed(seed)
-    x = torch.randn(5, 3, 9, 9)
+    x = torch.randn(5, 3, 9, 9).contiguous(memory_format=layout)
     net = bw.prepare(Net("three quantizers of relu" if "relu" in reader else "two quantizers"), bw.rules("w4a4"))
     bw.calibrate(net, [x]).train().reader = reader
     plain = copy.deepcopy(net)
@@ -109,11 +112,14 @@ def step(net, x, dtype):
     return y.detach()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reader", READERS)
-def test_every_reader_gets_what_torch_gives(reader, dtype):
-    net, plain, x = twins(reader)
-    assert isinstance(net.norm(net.first(x)), Deferred)
+def test_every_reader_gets_what_torch_gives(reader, dtype, layout):
+    net, plain, x = twins(reader, layout=layout)
+    waiting = net.norm(net.first(x))
+    assert isinstance(waiting, Deferred)
+    assert waiting.is_contiguous(memory_format=layout)
     net.load_state_dict(plain.state_dict())
     got, want = step(net, x, dtype), step(plain, x, dtype)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
@@ -122,11 +128,54 @@ def test_every_reader_gets_what_torch_gives(reader, dtype):
         assert (a.grad is None) == (b.grad is None), name
         if b.grad is not None:
             # A bias before a norm has no gradient but what rounding leaves.
-            rtol, atol = (1e-4, 1e-4) if dtype == torch.float32 else (0.05, 0.1)
+            rtol, atol = (1e-4, 1e-4) if dtype == torch.float32 else (0.05, 0.2)
             atol += rtol * float(b.grad.abs().max())
             torch.testing.assert_close(a.grad, b.grad, rtol=rtol, atol=atol, msg=lambda m, n=name: n + m)
     for a, b in zip(net.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reader", READERS)
+def test_without_gradients_too(reader, layout):
+    net, plain, x = twins(reader, layout=layout)
+    net.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        assert isinstance(net.norm(net.first(x)), Deferred)
+        net.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(net(x), plain(x), rtol=1e-4, atol=1e-4)
+    for a, b in zip(net.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reader", [r for r in READERS if r != "relu of a sum alone"])
+def test_what_was_made_without_gradients_is_a_constant(reader):
+    net, plain, x = twins(reader)
+    for which in (net, plain):
+        with torch.no_grad():
+            first = which.first(x)
+            n, m = which.norm(first), which.other(which.second(x))
+        made = READERS[reader](which, n, m, first)
+        (sum(made) if isinstance(made, tuple) else made).square().sum().backward()
+    for (name, a), (_, b) in zip(net.named_parameters(), plain.named_parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_relu_in_place_without_gradients_leaves_no_trace_in_what_had_them():
+    net, plain, x = twins("relu, quantizer")
+
+    def gradient(net):
+        n = net.norm(net.first(x))
+        with torch.no_grad():
+            F.relu_(n)
+            quantized = net.a(n)
+        n.square().sum().backward()
+        return quantized, n.detach(), net.first.weight.grad
+
+    for got, want in zip(gradient(net), gradient(plain), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("place", ["norm", "relu", "sum"])
@@ -188,14 +237,14 @@ def test_a_change_in_place_before_the_reading_is_refused():
         out.backward()
 
 
-def test_only_eager_training_with_gradients_defers():
+def test_only_eager_training_defers():
     net, _, x = twins("quantizer")
     first = net.first(x)
     assert type(net.norm(first)) is Deferred
     assert type(net.norm(first.detach())) is torch.Tensor
-    assert type(net.norm(first.double().float().to(memory_format=torch.channels_last))) is torch.Tensor
-    with torch.no_grad():
-        assert type(net.norm(first)) is torch.Tensor
+    assert type(net.norm(first.transpose(2, 3))) is torch.Tensor
+    with torch.inference_mode():
+        assert type(net.norm(net.first(x))) is torch.Tensor
     with kernels.reference_only():
         assert type(net.norm(first)) is torch.Tensor
     net.eval()

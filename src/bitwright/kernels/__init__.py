@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitwright.kernels import deferred, fused, reference, traced
 from bitwright.kernels.deferred import Deferred
+from bitwright.kernels.norm import WIDEST
 from bitwright.kernels.reference import EPS, KernelRule, Rounding, scale_gradient
 from bitwright.kernels.sources import Source, keep_sources, noted, remember
 
@@ -109,7 +110,7 @@ def fake_quantize(
         if y is not None:
             return y
     with keep_sources(x):  # x may be quantized itself: the output of one quantizer, the input of another
-        y = torch.ops.bitwright.fake_quantize.default(*tensors, *numbers)
+        y = fused.quantize(*tensors, *numbers)
     return remember(y, Source(noted(x) or x, *tensors[1:], *numbers))
 
 
@@ -126,10 +127,14 @@ def takes_fused(x: Tensor, scale: Tensor, axis: int = 0) -> bool:
 
 def fused_home(x: Tensor, scale: Tensor) -> bool:
     """Whether the fused kernels cover tensors of this kind, maybe in another layout."""
+    return scale.dtype == torch.float32 and is_fused_kind(x)
+
+
+def is_fused_kind(x: Tensor) -> bool:
+    """Whether the fused kernels cover tensors like `x`, here and now, maybe in another layout."""
     return (
         type(x) in (Tensor, torch.nn.Parameter, Deferred)
         and x.dtype in FUSED_DTYPES.get(x.device.type, ())
-        and scale.dtype == torch.float32
         and not torch.compiler.is_compiling()
         and _reference_depth == 0
         and x.numel() > 0
@@ -141,19 +146,23 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
-def takes_norm(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether a batch norm of `x` in training may wait for its reader (`bitwright.kernels.deferred`)."""
+def may_wait(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether a function of `x` in training mode may wait for its reader (`bitwright.kernels.deferred`)."""
     return (
-        weight is not None
+        all(p is not None and p.dtype == torch.float32 for p in parameters)
         and x.device.type == "cpu"
         and type(x) is Tensor
-        and x.requires_grad
-        and torch.is_grad_enabled()
-        and takes_fused(x, weight)
-        and x.is_contiguous()
-        and x.numel() > x.shape[1]
+        and (x.requires_grad or not torch.is_grad_enabled())
+        and is_fused_kind(x)
+        and is_dense(x)
+        and not torch.is_inference_mode_enabled()
         and fused_available()
     )
+
+
+def takes_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a batch norm of `x`, (samples, channels, ...), may wait."""
+    return may_wait(x, weight, bias) and x.numel() > x.shape[1] and (x.is_contiguous() or x.shape[1] <= WIDEST)
 
 
 def in_rows(x: Tensor, axis: int) -> bool:

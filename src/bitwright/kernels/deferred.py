@@ -1,9 +1,9 @@
-"""Batch norms that wait for their reader: a quantizer then does norm, addition, relu and quantization in one pass.
+"""Tensors that wait for their reader: a quantizer then does what came before it and quantization in one pass.
 
-In training a batch norm gives a `Deferred`, a tensor without memory that knows what it would hold. Relu and the
-addition of a tensor keep it waiting; a quantizer reads the norm's own input; anything else that touches it, in
-Python or in C++, gets its values, computed then and kept. For autograd it is the output of one node (`Joined`) which
-has the gradients of everything so far, and which a quantizer replaces by one with the quantized values as well.
+In training some layers give a `Deferred`, a tensor without memory that knows what it would hold. A quantizer reads
+what that is computed from; anything else that touches it, in Python or in C++, gets its values, computed then and
+kept. What waits, and how a quantizer reads it, is a `Pending`: batch norms (`deferred_norm`) and GELU
+(`deferred_gelu`).
 """
 
 from collections.abc import Callable
@@ -12,31 +12,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
 from bitwright.errors import BitwrightError
-from bitwright.kernels import norm as norms
-from bitwright.kernels.norm import Norm
-from bitwright.kernels.sources import NormSource, Source, remember
 
 aten = torch.ops.aten
 
 
 class Pending:
-    """What a deferred tensor holds: norm(x), plus `other`, relu; `value` once somebody has read it.
+    """What a deferred tensor holds; `value` once somebody has read it. Abstract.
 
-    x: float32 or bfloat16 on the CPU, contiguous, (samples, channels, ...). other: of the same kind, or None.
+    x: what the values are shaped, laid out and typed as, and computed from.
     """
 
-    def __init__(self, x: Tensor, norm: Norm, other: Tensor | None = None, relu: bool = False):
-        self.x, self.norm, self.other, self.relu = x, norm, other, relu
+    def __init__(self, x: Tensor):
+        self.x = x
         self.value: Tensor | None = None
         self.note_versions()
 
     def sources(self) -> list[Tensor]:
         """What the values, or their gradients, are computed from."""
-        return [t for t in (self.x, plain(self.other), self.value) if t is not None]
+        return [t for t in (self.x, self.value) if t is not None]
 
     def note_versions(self) -> None:
         """From now on nothing may be written to the sources."""
@@ -45,16 +41,38 @@ class Pending:
     def check(self) -> None:
         """Raise BitwrightError where something was; autograd refuses that as well."""
         if [t._version for t in self.sources()] != self.versions:
-            raise BitwrightError("a tensor that a batch norm's output is computed from was changed in place")
+            raise BitwrightError("a tensor that a deferred tensor is computed from was changed in place")
 
     def read(self) -> Tensor:
         """The values."""
         if self.value is None:
             self.check()
-            self.value, _ = norms.forward(self.x, self.norm, plain(self.other), self.relu, None, True)
+            self.value = self.compute()
             self.note_versions()
-            assert self.value is not None
         return self.value
+
+    def compute(self) -> Tensor:
+        """The values, computed anew."""
+        raise NotImplementedError
+
+    def quantize(self, t: "Deferred", *quantizer: Any) -> Tensor | None:
+        """`t`, which holds this, quantized; None where its values are needed in themselves.
+
+        quantizer: the arguments of `bitwright::fake_quantize` behind its first; one scale.
+        """
+        raise NotImplementedError
+
+    def relu(self, t: "Deferred") -> Tensor | None:
+        """Relu of `t`, where that can wait; else None. So the others."""
+
+    def relu_(self, t: "Deferred") -> Tensor | None:
+        """The same in place."""
+
+    def add(self, t: "Deferred", other: Tensor) -> Tensor | None:
+        """`t` + `other`, which is shaped, laid out and typed as `t`."""
+
+    def add_(self, t: "Deferred", other: Tensor) -> Tensor | None:
+        """The same in place."""
 
 
 class Deferred(Tensor):
@@ -73,8 +91,8 @@ class Deferred(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Above autograd: relu, whose own node would keep the values."""
         with torch._C.DisableTorchFunctionSubclass():
-            joined = RELUS[func](args[0]) if func in RELUS else None
-            return func(*args, **(kwargs or {})) if joined is None else joined
+            relu = getattr(args[0].pending, RELUS[func])(args[0]) if func in RELUS else None
+            return func(*args, **(kwargs or {})) if relu is None else relu
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,48 +134,36 @@ def watched(t: Deferred) -> bool:
     return bool(t._backward_hooks) or t.retains_grad
 
 
-def relu(t: Deferred) -> Tensor | None:
-    """Relu of what waits; None where it does not."""
-    p = t.pending
-    return None if p.value is not None else join(Deferred(Pending(p.x, p.norm, p.other, True)))
+def differentiable(t: Deferred) -> bool:
+    """Whether what is made of `t` now has a gradient; without one `t` is a constant, whatever made it."""
+    return torch.is_grad_enabled() and t.requires_grad
 
 
-def relu_(t: Deferred) -> Tensor | None:
-    """The same in place."""
-    if t.pending.value is not None or watched(t) or not torch.is_grad_enabled():
-        return None
-    t.pending.relu = True
-    return join(t)
-
-
-def addable(t: Any, other: Any, alpha: float) -> bool:
-    """Whether `t` waits with neither addition nor relu yet, and `other` can be added by the same pass."""
-    if not isinstance(t, Deferred) or not isinstance(other, Tensor) or alpha != 1:
+def alike(t: Any, other: Any) -> bool:
+    """Whether `t` is deferred and `other` a tensor of the same kind."""
+    if not isinstance(t, Deferred) or not isinstance(other, Tensor):
         return False
-    p = t.pending
-    alike = (other.shape, other.stride(), other.dtype, other.device) == (t.shape, t.stride(), t.dtype, t.device)
-    return alike and p.value is None and p.other is None and not p.relu
+    return (other.shape, other.stride(), other.dtype, other.device) == (t.shape, t.stride(), t.dtype, t.device)
 
 
-def add(a: Any, b: Any, *, alpha: float = 1) -> Deferred | None:
-    """a + b where one of them waits and the other is a tensor of the same kind; else None."""
-    if not addable(a, b, alpha):
-        a, b = b, a
-    return Deferred(Pending(a.pending.x, a.pending.norm, b)) if addable(a, b, alpha) else None
+def add(a: Any, b: Any, *, alpha: float = 1) -> Tensor | None:
+    """a + b where one of them can wait for it; else None."""
+    for t, other in ((a, b), (b, a)):
+        made = t.pending.add(t, other) if alpha == 1 and alike(t, other) else None
+        if made is not None:
+            return made
+    return None
 
 
-def add_(a: Any, b: Any, *, alpha: float = 1) -> Deferred | None:
+def add_(a: Any, b: Any, *, alpha: float = 1) -> Tensor | None:
     """The same in place of `a`."""
-    if not addable(a, b, alpha):
-        return None
-    a.pending.other = b
-    a.pending.note_versions()
-    return a
+    return a.pending.add_(a, b) if alpha == 1 and alike(a, b) else None
 
 
+# By the names of `Pending`'s methods.
 RELUS = {
-    **dict.fromkeys((torch.relu, Tensor.relu, F.relu), relu),
-    **dict.fromkeys((torch.relu_, Tensor.relu_), relu_),
+    **dict.fromkeys((torch.relu, Tensor.relu, F.relu), "relu"),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), "relu_"),
 }
 WAITING = {
     aten.add.Tensor: add,
@@ -166,85 +172,15 @@ WAITING = {
 }
 
 
-class Joined(torch.autograd.Function):
-    """Norm, addition, relu and quantization as one node; the deferred tensor becomes its output.
+def quantize(t: Deferred, scale: Tensor, *rest: Any) -> Tensor | None:
+    """`t` quantized in one pass with what it waits for; None where its values are needed in themselves.
 
-    Arguments: the tensor, the norm's input, gain and bias, what is added (or None), scale and zeros (or None) of the
-    quantizer, what is pending, and the further arguments of `bitwright::fake_quantize`; without these: no quantizer,
-    and the quantized values are None.
+    scale and rest: the arguments of `bitwright::fake_quantize` behind its first.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        tensor: Deferred,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        other: Tensor | None,
-        scale: Tensor | None,
-        zeros: Tensor | None,
-        pending: Pending,
-        *rest: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.mark_dirty(tensor)
-        ctx.set_materialize_grads(False)
-        y = None
-        if rest:
-            # A sum has another reader nearly always; and its second operand need not be kept when its value is.
-            extra = (pending.relu, (scale, zeros, *rest), other is not None)
-            pending.value, y = norms.forward(x, pending.norm, plain(other), *extra)
-            pending.note_versions()
-        ctx.save_for_backward(x, weight, bias, *pending.norm[2:], pending.value, scale, zeros, *rest[:5])
-        # A sum's values, if any, are not there yet; in all other cases the node must not outlive what it saves.
-        ctx.sum = pending if other is not None and not rest else None
-        ctx.relu, ctx.numbers = pending.relu, rest[5:]
-        return tensor, y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gz: Tensor | None, gy: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        x, weight, bias, mean, invstd, z, *tensors = ctx.saved_tensors
-        if gz is None and gy is None:
-            return (None,) * len(ctx.needs_input_grad)
-        norm = Norm(weight, bias, mean, invstd)
-        quantizer = (*tensors, *ctx.numbers) if ctx.numbers else None
-        if quantizer and gy is None:
-            gy = torch.zeros_like(x)
-        if ctx.sum is not None:
-            ctx.sum.check()
-            z = ctx.sum.read()
-        made = norms.backward(gy, plain(gz), x, z, norm, ctx.relu, quantizer)
-        grads = (None, made.x, made.weight, made.bias, made.other, made.scale, made.zeros)
-        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
-
-
-def join(tensor: Deferred, *quantizer: Any) -> Any:
-    """Make `tensor` the output of a node of its own; returns it, or with a quantizer's arguments: it, quantized."""
-    p = tensor.pending
-    tensor.detach_()  # the new node has the gradients of everything that its history had
-    scale, zeros, *rest = quantizer or (None, None)
-    _, y = Joined.apply(tensor, p.x, p.norm.weight, p.norm.bias, p.other, scale, zeros, p, *rest)  # pyright: ignore
-    return y if quantizer else tensor
-
-
-def batch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, eps: float, momentum: float
-) -> Tensor:
-    """`torch.nn.functional.batch_norm` in training, deferred; arguments: see `bitwright.kernels.norm.measure`."""
-    return join(Deferred(Pending(x, norms.measure(x, weight, bias, running, eps, momentum))))
-
-
-def quantize(tensor: Deferred, scale: Tensor, zeros: Tensor | None, *rest: Any) -> Tensor | None:
-    """`tensor` quantized in one pass with its norm; None where its values are needed in themselves.
-
-    scale, zeros and rest: the arguments of `bitwright::fake_quantize` behind its first.
-    """
-    p = tensor.pending
-    if p.value is not None or watched(tensor) or scale.numel() > 1 or not torch.is_grad_enabled():
+    p = t.pending
+    if p.value is not None or scale.numel() > 1:
         return None
     p.check()
-    y = join(tensor, scale, zeros, *rest)
-    if p.value is None:
-        return remember(y, NormSource(p.x, p.norm, p.relu, (scale, zeros, *rest)))
-    return remember(y, Source(p.value, scale, zeros, *rest))
+    if torch.is_grad_enabled() and (watched(t) or not t.requires_grad):
+        return None
+    return p.quantize(t, scale, *rest)

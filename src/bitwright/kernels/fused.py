@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bitwright.kernels.build import library
 from bitwright.kernels.pool import empty_like
@@ -79,7 +80,7 @@ def make_call(
 def kernel(direction: str, dtype: torch.dtype) -> Any:
     """The C function for a direction and an element type; it takes a `Call` and addresses."""
     function = getattr(library(), f"{direction}_{'f32' if dtype == torch.float32 else 'bf16'}")
-    function.argtypes = [ctypes.POINTER(Call), *[ctypes.c_void_p] * (2 if direction == "forward" else 5)]
+    function.argtypes = [ctypes.POINTER(Call), *[ctypes.c_void_p] * (2 if direction.startswith("forward") else 5)]
     return function
 
 
@@ -143,10 +144,43 @@ def below_autograd(*arguments: Any) -> Tensor:
         return torch.ops.bitwright.fake_quantize.default(*arguments)
 
 
+def wants_gradient(*operands: Tensor | None) -> bool:
+    """Whether autograd has to know what is made of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+
+
 def with_autograd(*arguments: Any) -> Tensor:
     """The operator, differentiable in x, scale and zeros where one of them asks for it."""
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:3])
+    wanted = wants_gradient(*arguments[:3])
     return Differentiable.apply(*arguments) if wanted else below_autograd(*arguments)  # pyright: ignore
 
 
 LIBRARY.impl("fake_quantize", with_autograd, "Autograd")
+
+
+class Direct(torch.autograd.Function):
+    """The same without torch's dispatcher, whose way to Python and back costs a small tensor most of the time."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        ctx.save_for_backward(*arguments[:8])
+        ctx.numbers = arguments[8:]
+        return forward_cpu(*arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (*backward_cpu(g, *ctx.saved_tensors, *ctx.numbers), *[None] * 10)
+
+
+def nobody_listens(x: Tensor) -> bool:
+    """Whether no mode, transform or kind of tensor would see an operator on `x` in the dispatcher."""
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not modes
+
+
+def quantize(*arguments: Any) -> Tensor:
+    """The operator, by the shortest way."""
+    if not nobody_listens(arguments[0]):
+        return torch.ops.bitwright.fake_quantize.default(*arguments)
+    return Direct.apply(*arguments) if wants_gradient(*arguments[:3]) else forward_cpu(*arguments)  # pyright: ignore

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels.build import library
-from bitwright.kernels.fused import Call, address, make_call
+from bitwright.kernels.fused import make_call
 from bitwright.kernels.pool import empty_like
+
+# Channels that the kernels have room for where channels lie innermost.
+WIDEST = 4096
 
 
 class CNorm(ctypes.Structure):
@@ -18,7 +21,7 @@ class CNorm(ctypes.Structure):
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("weight", "bias", "mean", "invstd", "running_mean", "running_var")),
         *((n, ctypes.c_double) for n in ("eps", "momentum")),
-        *((n, ctypes.c_int64) for n in ("samples", "channels", "columns", "relu", "threads")),
+        *((n, ctypes.c_int64) for n in ("samples", "channels", "columns", "last", "relu", "threads")),
     )
 
 
@@ -40,9 +43,8 @@ def make_norm(
     """The C structure, which points into its arguments; x: (samples, channels, ...), numbers: eps, momentum."""
     pointers = (t.data_ptr() for t in (*norm, *(running or ())))
     samples, channels = x.shape[:2]
-    columns = x.numel() // (samples * channels)
-    pointers = (*pointers, None, None)[:6]
-    return CNorm(*pointers, *(numbers or (0.0, 0.0)), samples, channels, columns, relu, torch.get_num_threads())
+    sizes = (samples, channels, x.numel() // (samples * channels), not x.is_contiguous())
+    return CNorm(*(*pointers, None, None)[:6], *(numbers or (0.0, 0.0)), *sizes, relu, torch.get_num_threads())
 
 
 @functools.cache
@@ -54,15 +56,30 @@ def kernel(name: str, dtype: torch.dtype) -> Any:
     return function
 
 
+def quantized(x: Tensor, quantizer: tuple[Any, ...] | None) -> Any:
+    """A pointer to the C structure of a quantizer of tensors like `x`, or None."""
+    return None if quantizer is None else ctypes.byref(make_call(x, *quantizer))
+
+
+def call(name: str, x: Tensor, *arguments: Any) -> None:
+    """Run the C function `name` for `x`'s type; tensors are given by their addresses."""
+    if kernel(name, x.dtype)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)):
+        raise MemoryError(f"{name}: no room for partial sums")
+
+
 def measure(
     x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, eps: float, momentum: float
 ) -> Norm:
     """The norm of a batch; moves `running` (mean, variance), if any, by the share `momentum` as torch does.
 
-    x: float32 or bfloat16 on the CPU, contiguous, (samples, channels, ...), at least two values per channel.
+    x: float32 or bfloat16 on the CPU, (samples, channels, ...), at least two values per channel; contiguous, or
+        channels last with at most `WIDEST` channels.
+
+    Raises:
+        MemoryError: there is no room for partial sums; so do `forward` and `backward`.
     """
     norm = Norm(weight, bias, torch.empty_like(weight), torch.empty_like(weight))
-    kernel("statistics", x.dtype)(make_norm(x, norm, False, running, eps, momentum), x.data_ptr())
+    call("statistics", x, make_norm(x, norm, False, running, eps, momentum), x)
     if running:
         torch.autograd.graph.increment_version(running)
     return norm
@@ -78,9 +95,7 @@ def forward(
     """
     z = torch.empty_like(x) if keep else None
     y = empty_like(x) if quantizer else None
-    call = ctypes.byref(make_call(x, *quantizer)) if quantizer else None
-    addresses = (x.data_ptr(), address(other), address(z), address(y))
-    kernel("forward_norm", x.dtype)(make_norm(x, norm, relu), call, *addresses)
+    call("forward_norm", x, make_norm(x, norm, relu), quantized(x, quantizer), x, other, z, y)
     return z, y
 
 
@@ -107,9 +122,6 @@ def backward(
     """The gradients of `forward` for those of y (None without a quantizer) and of z (None: nothing reads it).
 
     z: the values, if something was added; None: made again from x.
-
-    Raises:
-        MemoryError: there is no room for partial sums.
     """
     like: list[Tensor | None] = [None if g is None else dense_as(g, x) for g in (gy, gz)]
     dx = empty_like(x)
@@ -117,10 +129,8 @@ def backward(
     dweight, dbias = torch.empty_like(norm.weight), torch.empty_like(norm.weight)
     dscale = None if quantizer is None else torch.empty_like(quantizer[0])
     dzeros = None if quantizer is None or quantizer[1] is None else torch.empty_like(quantizer[1])
-    call: ctypes._Pointer[Call] | Any = ctypes.byref(make_call(x, *quantizer)) if quantizer else None
     tensors = (*like, x, z, dx if other is None else other, dx, dweight, dbias, dscale, dzeros)
-    if kernel("backward_norm", x.dtype)(make_norm(x, norm, relu), call, *(address(t) for t in tensors)):
-        raise MemoryError("backward_norm: no room for partial sums")
+    call("backward_norm", x, make_norm(x, norm, relu), quantized(x, quantizer), *tensors)
     return Gradients(dx, other, dweight, dbias, dscale, dzeros)
 
 

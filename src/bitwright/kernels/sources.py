@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bitwright.kernels.norm import Norm, forward
+from bitwright.kernels import fused, gelu
+from bitwright.kernels import norm as norms
+from bitwright.kernels.norm import Norm
 
 
 class Source(NamedTuple):
@@ -15,7 +17,7 @@ class Source(NamedTuple):
     x: or what it was made from in turn, where it is quantized itself.
     """
 
-    x: "Tensor | Source | NormSource"
+    x: "Tensor | AnySource"
     scale: Tensor
     zeros: Tensor | None
     lo: Tensor
@@ -33,7 +35,7 @@ class Source(NamedTuple):
         """The quantized tensor once more, to the last bit."""
         x = self.x if isinstance(self.x, Tensor) else self.x.quantize()
         with torch.no_grad():
-            return torch.ops.bitwright.fake_quantize.default(x, *self[1:])
+            return fused.quantize(x, *self[1:])
 
 
 class NormSource(NamedTuple):
@@ -46,21 +48,39 @@ class NormSource(NamedTuple):
 
     def quantize(self) -> Tensor:
         """The quantized tensor once more, to the last bit."""
-        _, y = forward(self.x, self.norm, None, self.relu, self.quantizer, False)
+        _, y = norms.forward(self.x, self.norm, None, self.relu, self.quantizer, False)
         assert y is not None
         return y
 
 
-def remember(y: Tensor, source: Source | NormSource) -> Tensor:
-    """Note on `y` what it was made from. What is computed from `y` has no note; writing to `y` makes the note void."""
-    y.bitwright_source = source, y._version  # pyright: ignore[reportAttributeAccessIssue]
+class GeluSource(NamedTuple):
+    """The same for GELU of x."""
+
+    x: Tensor
+    quantizer: tuple[Any, ...]
+
+    def quantize(self) -> Tensor:
+        """The quantized tensor once more, to the last bit."""
+        return gelu.forward(self.x, *self.quantizer)
+
+
+AnySource = Source | NormSource | GeluSource
+
+
+def remember(y: Tensor, source: AnySource) -> Tensor:
+    """Note on `y` what it was made from. What is computed from `y` has no note; writing to `y` makes the note void.
+
+    Tensors of `torch.inference_mode`, which do not say whether somebody wrote to them, get none.
+    """
+    if not y.is_inference():
+        y.bitwright_source = source, y._version  # pyright: ignore[reportAttributeAccessIssue]
     return y
 
 
-def noted(t: Tensor) -> Source | NormSource | None:
+def noted(t: Tensor) -> AnySource | None:
     """What `t` was made from, if that is known and `t` is still the same."""
     source, version = getattr(t, "bitwright_source", (None, 0))
-    return source if version == t._version else None
+    return source if source is not None and version == t._version else None
 
 
 def keep_sources(*quantized: Tensor) -> AbstractContextManager[Any]:

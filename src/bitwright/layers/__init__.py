@@ -9,7 +9,6 @@ from bitwright.layers.attention import QuantMultiheadAttention, scaled_dot_produ
 from bitwright.layers.base import QuantLayer
 from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
 from bitwright.layers.linear import QuantEmbedding, QuantLinear
-from bitwright.layers.norm import QuantBatchNorm2d, defer_norms
 from bitwright.layers.output import (
     OUTPUT,
     SharedInput,
@@ -20,6 +19,7 @@ from bitwright.layers.output import (
     takes_output,
 )
 from bitwright.layers.swap import candidates, is_quantized, quantizable, swap, target_class, unswap, why_not
+from bitwright.layers.waiting import QuantBatchNorm2d, QuantGELU, let_wait
 
 __all__ = [
     "OUTPUT",
@@ -30,16 +30,17 @@ __all__ = [
     "QuantConv2d",
     "QuantConv2dSame",
     "QuantEmbedding",
+    "QuantGELU",
     "QuantLayer",
     "QuantLinear",
     "QuantMultiheadAttention",
     "SharedInput",
     "attach_output",
     "candidates",
-    "defer_norms",
     "detach_output",
     "has_output",
     "is_quantized",
+    "let_wait",
     "quantizable",
     "quantizer_in",
     "scaled_dot_product",

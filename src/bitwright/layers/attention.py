@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bitwright.errors import BitwrightError
 from bitwright.grids import Shape
 from bitwright.kernels import keep_sources
+from bitwright.kernels.product import linear
 from bitwright.layers.base import QuantLayer, apply
 from bitwright.quantizer import Quantizer
 
@@ -118,11 +119,12 @@ class QuantMultiheadAttention(QuantAttentionBase, nn.MultiheadAttention):
         weight = apply(self.weight_quantizer, self.in_proj_weight)
         if same:
             x = apply(self.input_quantizer, query)
-            q, k, v = F.linear(x, weight, self.in_proj_bias).chunk(3, -1)
+            with keep_sources(x, weight):
+                q, k, v = linear(x, weight, self.in_proj_bias).chunk(3, -1)
         else:
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
             operands = zip((query, key, value), weight.chunk(3), biases, strict=True)
-            q, k, v = (F.linear(apply(self.input_quantizer, t), w, b) for t, w, b in operands)
+            q, k, v = (linear(apply(self.input_quantizer, t), w, b) for t, w, b in operands)
         split = lambda t: t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)  # noqa: E731
         mask = merge_masks(attn_mask, key_padding_mask, self.num_heads, q)
         out, probabilities = scaled_dot_product(

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from bitwright.grids import Shape
 from bitwright.kernels import keep_sources
+from bitwright.kernels.product import linear
 from bitwright.layers.base import QuantLayer, apply
 
 
@@ -17,7 +18,7 @@ class QuantLinear(QuantLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         x, w = apply(self.input_quantizer, input), apply(self.weight_quantizer, self.weight)
         with keep_sources(x, w):
-            return F.linear(x, w, self.bias)
+            return linear(x, w, self.bias)
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
 from bitwright.methods.base import Batch, Method
+from bitwright.methods.probe import forward_fast
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -45,5 +46,5 @@ class KD(Method):
 
     def losses(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            target = self.teacher(batch.x)
+            target = forward_fast(self.teacher, batch.x)
         return {"kd": self.weight * kd_loss(outputs, target, self.temperature)}
