@@ -5,6 +5,7 @@ import onnx
 import onnx.inliner
 import onnxruntime
 import pytest
+from deploy_nets import exported
 from onnx import TensorProto, helper, numpy_helper
 
 from bitwright.deploy.integer import DOMAIN
@@ -127,3 +128,20 @@ def test_numbers_in_base_62():
 def test_the_longest_owner_counts():
     assert owner_of("a.b.input.codes", {"a", "a.b", "a.b.input.codes"}) == "a.b"
     assert owner_of("ab.codes", {"a"}) is None
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_file_without_its_functions_is_the_same_network(bits):
+    """What the documentation tells users of tools that take no functions."""
+    _, file = exported("lsq", bits)
+    model = onnx.load_from_string(file)
+    plain = onnx.inliner.inline_local_functions(model)
+    onnx.checker.check_model(plain, full_check=True)
+    assert model.functions
+    assert not plain.functions
+    x = np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32)
+    outputs = []
+    for each in (model, plain):
+        session = onnxruntime.InferenceSession(each.SerializeToString())
+        outputs.append(session.run(None, {session.get_inputs()[0].name: x})[0])
+    assert np.array_equal(*outputs)
