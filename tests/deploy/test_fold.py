@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from bitwright.deploy.fold import FINE, Weight, finer, on_bias_grid
+from bitwright.deploy.fold import FINE, Weight, finer, magnitudes, on_bias_grid
+from bitwright.deploy.integer import InputCodes, IntLinear
+from bitwright.grids import Affine
 
 
 def signed_weight(bits: int, step: int, seed: int = 0) -> Weight:
@@ -41,3 +43,22 @@ def test_biases_of_few_bits_are_rounded_no_coarser_than_at_four(bits):
     error = (codes * scale.double() * fine.scale.double() - bias).abs()
     assert bool((error <= step / 2 + 1e-12).all())
     assert float(error.max()) > 0  # the grid is really met, not the bias itself
+
+
+def test_weights_at_the_lowest_code_of_a_byte_count_in_full():
+    """-128 has no absolute value in int8: such a channel once seemed to vanish beside its bias."""
+    numbers = torch.full((2, 600), -128, dtype=torch.int8)
+    assert magnitudes(numbers).tolist() == [600 * 128] * 2
+    weight = Weight(numbers, torch.tensor([1e-4, 2e-4]), 8, 1, -128)
+    kept, codes = on_bias_grid(weight, torch.tensor([0.1, -0.2], dtype=torch.float64), torch.tensor([0.1]), reach=255)
+    assert codes is not None
+    assert torch.equal(kept.numbers, numbers)
+    layer = IntLinear("n", weight, None, input_quantizer=InputCodes("i", affine_of_a_byte(), -1, 8))
+    assert not layer.short_sums  # 600 * 128 * 255 is beyond 2^24
+    x = torch.full((1, 600), 255 * 0.1)
+    expected = -600 * 128 * 255 * torch.tensor([0.1], dtype=torch.float32).double() * weight.scale.double()
+    assert layer(x).double().flatten().tolist() == pytest.approx(expected.tolist(), rel=1e-7)
+
+
+def affine_of_a_byte() -> Affine:
+    return Affine(torch.tensor([0.1]), torch.zeros(1), 0, 255)

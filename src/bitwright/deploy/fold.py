@@ -126,6 +126,11 @@ def finer(weight: Weight) -> Weight:
 
 
 @torch.no_grad()
+def magnitudes(numbers: Tensor) -> Tensor:
+    """The sum of |n| per output channel, (channels,) int64; of int8's -128 its own type has no absolute value."""
+    return numbers.flatten(1).long().abs().sum(1)
+
+
 def on_bias_grid(weight: Weight, bias: Tensor, input_scale: Tensor, reach: int) -> tuple[Weight, Tensor | None]:
     """A convolution's bias as integers on the grid input_scale * weight.scale, which int32 accumulators add.
 
@@ -146,7 +151,7 @@ def on_bias_grid(weight: Weight, bias: Tensor, input_scale: Tensor, reach: int) 
     coarse, weight = weight, finer(weight)
     scale = weight.scale.double().expand(bias.shape[0]).clone()
     unit = input_scale.double()
-    most = weight.numbers.flatten(1).abs().sum(1, dtype=torch.int64).double() * reach
+    most = magnitudes(weight.numbers).double() * reach
     silent = most * (unit * scale).abs() <= NEGLIGIBLE * bias.abs()
     numbers = weight.numbers
     if bool(silent.any()) and weight.step == 1:

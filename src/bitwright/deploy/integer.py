@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitwright.deploy.fold import Weight, along_first
+from bitwright.deploy.fold import Weight, along_first, magnitudes
 from bitwright.grids import Affine
 from bitwright.layers.conv import same_padding
 
@@ -179,7 +179,7 @@ class IntLayer(nn.Module):
         """Whether every partial sum of products is an integer that float32 holds."""
         if not self.integer or self.weight_codes is None or self.input_quantizer is None:
             return False
-        largest = int(self.weight_codes.flatten(1).abs().sum(1, dtype=torch.int64).max())
+        largest = int(magnitudes(self.weight_codes).max())
         return largest * self.input_quantizer.reach < 2**24
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
