@@ -1,4 +1,4 @@
-"""TQT (Jain 2020, eqs. 4 to 8) against closed forms in float64."""
+"""TQT against closed forms in float64."""
 
 import math
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from saved import kept_bytes
 from torch import nn
 
 import bitwright as bw
@@ -121,18 +122,6 @@ def test_only_exact_gelu_in_eager_training_defers():
 def test_what_waits_is_not_kept():
     net, plain, x = twins("quantizer")
 
-    def kept(net):
-        sizes = {}
-
-        def pack(t):
-            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            net(x)
-        own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
-        return sum(size for at, size in sizes.items() if at not in own)
-
-    assert kept(plain) - kept(net) >= 4 * 7 * 8 * 4
+    assert kept_bytes(plain, x) - kept_bytes(net, x) >= 4 * 7 * 8 * 4
     assert type(net.act) is QuantGELU
     assert isinstance(copy.deepcopy(net).act, nn.GELU)

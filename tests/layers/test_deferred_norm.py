@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from saved import kept_bytes
 from torch import nn
 
 import bitwright as bw
@@ -256,20 +257,8 @@ def test_only_eager_training_defers():
 def test_what_waits_keeps_no_memory():
     net, plain, x = twins("relu, quantizer")
 
-    def kept(net):
-        sizes = {}
-
-        def pack(t):
-            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            net(x)
-        own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
-        return sum(size for at, size in sizes.items() if at not in own)
-
     activation = 5 * 4 * 7 * 7 * 4
-    assert kept(plain) - kept(net) >= activation
+    assert kept_bytes(plain, x) - kept_bytes(net, x) >= activation
 
 
 def test_copies_and_pickles_stay_and_state_is_torchs():

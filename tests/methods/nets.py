@@ -1,6 +1,7 @@
 """Small networks, data and training runs that the tests of methods share."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -62,3 +63,16 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
     """Whether two models' states are equal to the last bit."""
     left, right = a.state_dict(), b.state_dict()
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def resumed(fresh: Callable[[], tuple[nn.Module, Step]], stop: int, last: int) -> nn.Module:
+    """The model of a run that stopped after `stop` batches and went on to `last` from its saved state."""
+    half, step = fresh()
+    run(step, 0, stop)
+    saved = copy.deepcopy((half.state_dict(), step.optimizer.state_dict(), step.state_dict()))
+    rest, step = fresh()
+    rest.load_state_dict(saved[0])
+    step.optimizer.load_state_dict(saved[1])
+    step.load_state_dict(saved[2])
+    run(step, stop, last)
+    return rest

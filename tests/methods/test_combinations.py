@@ -1,6 +1,5 @@
 """Methods together: compiled, in bfloat16, resumed."""
 
-import copy
 import itertools
 
 import pytest
@@ -12,7 +11,7 @@ from bitwright.kernels import reference_only
 from bitwright.methods.adaqat import AdaQAT
 from bitwright.methods.bwrf import BWRF
 from bitwright.methods.pege import PEGECurriculum
-from methods.nets import data, float_net, make_step, quantized, run, same_state
+from methods.nets import data, float_net, make_step, quantized, resumed, run, same_state
 
 NAMES = ("bwrf", "pege", "adaqat", "kd")
 SUBSETS = [c for n in (1, 2, 4) for c in itertools.combinations(NAMES, n)]
@@ -41,14 +40,7 @@ def test_a_resumed_run_ends_bit_identical(names, amp):
     whole, step = build(names, amp_dtype=amp)
     run(step, 0, 9)
     assert torch.isfinite(step.result.loss)
-    half, step = build(names, amp_dtype=amp)
-    run(step, 0, 4)
-    saved = copy.deepcopy((half.state_dict(), step.optimizer.state_dict(), step.state_dict()))
-    rest, step = build(names, amp_dtype=amp)
-    rest.load_state_dict(saved[0])
-    step.optimizer.load_state_dict(saved[1])
-    step.load_state_dict(saved[2])
-    run(step, 4, 9)
+    rest = resumed(lambda: build(names, amp_dtype=amp), 4, 9)
     assert same_state(whole, rest)
     if "adaqat" in names:
         assert {int(q.bits) for q in quantizers(whole).values()} != {8}

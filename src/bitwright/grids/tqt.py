@@ -1,4 +1,7 @@
-"""TQT: trained thresholds on power-of-two scales (Jain et al., MLSys 2020, arXiv 1903.08066)."""
+"""TQT: trained thresholds on power-of-two scales (Jain et al., MLSys 2020, arXiv 1903.08066).
+
+From memory of the paper, whose text was not at hand: the threshold in the logarithm, and ceil passing its gradient on.
+"""
 
 import math
 
@@ -11,7 +14,7 @@ from bitwright.kernels import fake_quantize
 
 
 def power_of_two(log2_scale: Tensor) -> Tensor:
-    """2^ceil(l), exactly, with the gradient of 2^l at that place: ln 2 * 2^ceil(l) (section 3.2: ceil passes it on)."""
+    """2^ceil(l), exactly, with the gradient ln 2 * 2^ceil(l): ceil passes it on. The shape of `log2_scale`."""
     hard = torch.exp2(log2_scale.detach().ceil())
     return hard * torch.exp2(log2_scale - log2_scale.detach())
 
@@ -23,8 +26,8 @@ class TQT(Grid):
     clipping threshold, 2^(e + b - 1) for signed tensors: the same parameter up to a constant.
 
     Starts at the power of two with the least squared error, half a power away from the next one up or down. The
-    gradient sums over a tensor's elements without a factor: use an optimizer that divides by its size (the paper
-    has Adam, rate 0.01 for thresholds; in a recipe `optimizer.quantizer_lr`), or `lsq` under SGD.
+    gradient sums over a tensor's elements without a factor: use an optimizer that divides by its size (Adam;
+    in a recipe `optimizer.quantizer_lr` sets the rate of scales), or `lsq` under SGD.
 
     Where the bits change, inputs keep their range and weights follow the best step, as in `LSQ`. Use 2 bits or more: at
     1 bit sums and means of such values often lie exactly between two codes, where the training form's float32

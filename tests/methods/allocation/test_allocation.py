@@ -1,4 +1,3 @@
-import copy
 import itertools
 
 import pytest
@@ -6,7 +5,7 @@ import torch
 
 from bitwright import Allocation, BitwrightError, QuantizerSpec, Rule, calibrate, prepare, quant_layers
 from bitwright.costs import cost_table
-from methods.nets import data, float_net, make_step, quantized, run, same_state
+from methods.nets import data, float_net, make_step, quantized, resumed, run, same_state
 
 
 def built(budget=None, **options):
@@ -63,14 +62,7 @@ def test_a_resumed_run_ends_bit_identical(stop):
 
     whole, step = fresh()
     run(step, 0, 5)
-    half, step = fresh()
-    run(step, 0, stop)
-    saved = copy.deepcopy((half.state_dict(), step.optimizer.state_dict(), step.state_dict()))
-    rest, step = fresh()
-    rest.load_state_dict(saved[0])
-    step.optimizer.load_state_dict(saved[1])
-    step.load_state_dict(saved[2])
-    run(step, stop, 5)
+    rest = resumed(fresh, stop, 5)
     assert same_state(whole, rest)
 
 

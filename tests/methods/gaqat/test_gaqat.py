@@ -1,12 +1,10 @@
-import copy
-
 import pytest
 import torch
 
 from bitwright import BitwrightError, quantizers
 from bitwright.methods.gaqat import GAQAT, disorder
 from bitwright.methods.saq import SAQ
-from methods.nets import data, float_net, make_step, quantized, run, same_state
+from methods.nets import data, float_net, make_step, quantized, resumed, run, same_state
 
 
 def test_the_disorder_of_constant_alternating_and_vanishing_gradients():
@@ -81,14 +79,7 @@ def test_a_resumed_run_ends_bit_identical(stop):
     whole, step = fresh()
     run(step, 0, 7)
     assert any((g == 0).any() for g in step.methods[0].gates.values())
-    half, step = fresh()
-    run(step, 0, stop)
-    saved = copy.deepcopy((half.state_dict(), step.optimizer.state_dict(), step.state_dict()))
-    rest, step = fresh()
-    rest.load_state_dict(saved[0])
-    step.optimizer.load_state_dict(saved[1])
-    step.load_state_dict(saved[2])
-    run(step, stop, 7)
+    rest = resumed(fresh, stop, 7)
     assert same_state(whole, rest)
 
 
