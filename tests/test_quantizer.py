@@ -13,7 +13,7 @@ from bitwright.quantizer import Quantizer
 from bitwright.spec import QuantizerSpec
 from making import make_quantizer
 
-GRIDS = ["lsq", "lsq+", "pact", "dorefa", "sat", "minmax", "tqt"]
+GRIDS = ["lsq", "lsq+", "pact", "dorefa", "sat", "minmax", "tqt", "seq"]
 
 
 def fresh(grid="lsq", bits=8, role="input", **more):

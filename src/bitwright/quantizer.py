@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
 from bitwright.estimators import make_estimator
-from bitwright.grids import Affine, CodeRange, Shape, Stats, code_range, make_grid
+from bitwright.grids import Affine, CodeRange, Shape, Stats, make_grid
 from bitwright.spec import MAX_BITS, MIN_BITS, QuantizerSpec
 
 
@@ -51,7 +51,7 @@ class Quantizer(nn.Module):
     def refresh(self) -> None:
         """Bring everything derived from the buffers in line with them."""
         self._signed, self._ready = bool(self.signed.item()), bool(self.calibrated.item())
-        codes = code_range(self._checked(int(self.bits.item())), self._signed)
+        codes = self.grid.code_range(self._checked(int(self.bits.item())), self._signed)
         self.code_lo.copy_(codes.lo)
         self.code_hi.copy_(codes.hi)
         self._zero = codes.zero

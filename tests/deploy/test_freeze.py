@@ -16,7 +16,7 @@ from bitwright.deploy.attention import IntMultiheadAttention
 from bitwright.deploy.integer import InputCodes, IntConv, IntEmbedding, IntLayer, IntLinear
 from bitwright.errors import BitwrightError
 
-GRIDS = ("lsq", "lsq+", "pact", "dorefa", "sat", "minmax", "tqt")
+GRIDS = ("lsq", "lsq+", "pact", "dorefa", "sat", "minmax", "tqt", "seq")
 
 
 def assert_same(model: nn.Module, frozen: nn.Module, x: Tensor, atol: float = 2e-6) -> None:

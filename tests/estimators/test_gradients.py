@@ -73,7 +73,7 @@ def test_dsq_is_the_slope_of_the_soft_staircase(alpha):
     torch.testing.assert_close(got, torch.where((v >= 0) & (v <= 7), expected, 0.0))
 
 
-@pytest.mark.parametrize("grid", ["lsq", "lsq+", "pact", "dorefa", "minmax", "tqt"])
+@pytest.mark.parametrize("grid", ["lsq", "lsq+", "pact", "dorefa", "minmax", "tqt", "seq"])
 def test_ste_passes_the_clip_for_x_but_not_for_the_scale(grid):
     x = torch.randn(3, 4, 20, dtype=torch.float64)
     found = {}

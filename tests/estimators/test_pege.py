@@ -124,7 +124,7 @@ def test_the_gradient_is_that_of_loss_plus_half_u_squared_error(form, variant, r
     assert bool((got[outside] == 0).all())
 
 
-@pytest.mark.parametrize("grid", ["lsq", "lsq+", "pact", "dorefa", "sat", "minmax", "tqt"])
+@pytest.mark.parametrize("grid", ["lsq", "lsq+", "pact", "dorefa", "sat", "minmax", "tqt", "seq"])
 @pytest.mark.parametrize("role", ["weight", "input"])
 def test_with_every_grid_full_replacement_without_pull_equals_the_clipped_estimator(grid, role):
     torch.manual_seed(0)

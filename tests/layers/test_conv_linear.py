@@ -144,7 +144,7 @@ def test_add_quantizes_both_operands_with_scales_of_their_own():
 
 def test_scales_have_an_axis_everywhere():  # FSDP2 refuses parameters without one
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
-    for grid in ("lsq", "lsq+", "pact", "sat", "minmax", "tqt"):
+    for grid in ("lsq", "lsq+", "pact", "sat", "minmax", "tqt", "seq"):
         prepared = bw.prepare(copy.deepcopy(model), bw.rules("w4a4", grid=grid))
         assert all(t.ndim >= 1 for n, t in prepared.state_dict().items() if "quantizer" in n)
 

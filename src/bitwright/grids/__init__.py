@@ -14,6 +14,7 @@ from bitwright.grids.lsq_plus import LSQPlus
 from bitwright.grids.minmax import MinMax
 from bitwright.grids.pact import PACT
 from bitwright.grids.sat import SATWeight, sat_input
+from bitwright.grids.seq import SEQ
 from bitwright.grids.tqt import TQT
 
 GRIDS: dict[str, dict[str, Any]] = {
@@ -23,6 +24,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "dorefa": {"weight": DoReFa, "input": DoReFa},
     "sat": {"weight": SATWeight, "input": sat_input},
     "minmax": {"weight": MinMax, "input": MinMax},
+    "seq": {"weight": SEQ, "input": LSQ},
     "tqt": {"weight": TQT, "input": TQT},
 }
 

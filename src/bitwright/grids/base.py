@@ -14,7 +14,7 @@ class CodeRange(NamedTuple):
 
     lo, hi: shape (1,), float: smallest and largest code. Signed: -2^(b-1) and 2^(b-1) - 1; unsigned: 0 and 2^b - 1.
     zero: the code of the value 0 in symmetric grids: 0.0, except 0.5 for signed 1-bit tensors, whose two
-        values are -scale/2 and +scale/2 (a two's complement bit would be {-1, 0}).
+        values are -scale/2 and +scale/2 (a two's complement bit would be {-1, 0}), and what a grid itself says.
     signed: whether the tensor takes negative values.
     """
 
@@ -109,6 +109,10 @@ class Grid(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         self.shape = shape
+
+    def code_range(self, bits: int, signed: bool) -> CodeRange:
+        """The codes of `bits` bits (1 to 8) in this grid."""
+        return code_range(bits, signed)
 
     def forward(self, x: Tensor, codes: CodeRange, estimator: nn.Module) -> Tensor:
         """Values of `x` moved to the grid: same shape; gradient as the estimator says."""

@@ -125,7 +125,7 @@ class Noisy(nn.Module):
         return self.net(self.drop(x))
 
 
-@pytest.mark.parametrize("grid", ["lsq", "lsq+", "pact", "dorefa", "minmax", "tqt"])
+@pytest.mark.parametrize("grid", ["lsq", "lsq+", "pact", "dorefa", "minmax", "tqt", "seq"])
 @pytest.mark.parametrize("granularity", ["network", "layer"])
 def test_probes_leave_no_trace(grid, granularity):
     plain, probed = (quantized(Noisy(), bits=3, grid=grid) for _ in range(2))
