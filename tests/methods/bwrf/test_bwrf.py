@@ -62,6 +62,28 @@ def test_losses_and_gradients_are_those_of_explicitly_assembled_mixed_models(ord
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
+def test_branches_teach_the_model_and_learn_nothing_from_it():
+    """teach * sum_k w_k KD(z_Q, z_k), whose gradient is that of distillation from fixed logits."""
+    grads = []
+    for teach in (0.0, 0.6):
+        model, partner = pair()
+        method = BWRF(model.double(), partner.double(), beta=1.3, temperature=3.0, teach=teach)
+        batch = Batch(data()[0].double(), data()[1])
+        outputs = model(batch.x)
+        fixed = {k: method.taps[k].output.detach() for k in (0, 1)}
+        losses = method.losses(batch, outputs)
+        _, logits = method.partner.branches(batch.x[:1], fixed)
+        expected = 0.6 * sum(w * kd_loss(outputs, logits[k], 3.0) for k, w in ((0, 1.3 / 4), (1, 1.3 / 2)))
+        if teach:
+            assert losses["bwrf_teach"].item() == pytest.approx(expected.item(), rel=1e-6)
+        else:
+            losses["by hand"] = expected
+        torch.stack(list(losses.values())).sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("granularity", ["stage", "block"])
 def test_branch_logits_are_those_of_the_assembled_models(granularity):
     partner = float_net()
@@ -262,6 +284,7 @@ def test_blocks_that_did_not_run_or_have_other_shapes_are_refused():
         ({"temperature": 0.0}, "temperature"),
         ({"alpha": -1.0}, "alpha"),
         ({"beta": -1.0}, "beta"),
+        ({"teach": -1.0}, "teach"),
         ({"alpha": 0.0, "branch_loss": "kd"}, "alpha"),
         ({"fade": "step", "total_steps": 9}, "fade"),
         ({"fade": "linear"}, "total_steps"),

@@ -66,6 +66,8 @@ class BWRF(Method):
         weights: "geometric" (default): w_k = beta 2^-(n-k), or "uniform": beta / (n - 1).
         alpha, beta: weights of distillation and of all branches, >= 0. Default 1, 1.
         temperature: of distillation. Default 4 (CIFAR); ImageNet recipes use 1.
+        teach: factor of sum_k w_k KD(z_Q, z_k): the branches, nearer to the model than the partner is, as its teachers,
+            without gradient to them. Default 0; "distillation from branches" in a summary can be read so.
         fade: "none" (default): branches weigh the same throughout; "linear" or "cosine": their weights fall to 0 over
             `total_steps` optimizer steps (`fade_factor`), so that what is shipped was last trained for itself.
         total_steps: optimizer steps of the whole training; only a fade needs it.
@@ -75,7 +77,7 @@ class BWRF(Method):
         loss_fn: the task loss of the branches. Default cross entropy.
         seed: of the sampling.
 
-    The model must run once per step in training mode with gradients. Losses: `bwrf_kd`, `bwrf_branches`.
+    The model must run once per step in training mode with gradients. Losses: `bwrf_kd`, `bwrf_branches`, `bwrf_teach`.
 
     Raises:
         BitwrightError: a value is not accepted, a block is missing, or (in the first step) the networks cannot
@@ -97,6 +99,7 @@ class BWRF(Method):
         alpha: float = 1.0,
         beta: float = 1.0,
         temperature: float = 4.0,
+        teach: float = 0.0,
         fade: str = "none",
         total_steps: int | None = None,
         sample: bool = False,
@@ -113,10 +116,10 @@ class BWRF(Method):
         ):
             if value not in accepted:
                 raise BitwrightError(f"bwrf: {key}={value!r} is not accepted; use {' or '.join(accepted)}")
-        if not (alpha >= 0 and beta >= 0 and temperature > 0):
+        if not (alpha >= 0 and beta >= 0 and teach >= 0 and temperature > 0):
             raise BitwrightError(
-                f"bwrf: alpha={alpha}, beta={beta}, temperature={temperature} is not accepted; "
-                "use alpha >= 0, beta >= 0, temperature > 0"
+                f"bwrf: alpha={alpha}, beta={beta}, teach={teach}, temperature={temperature} is not accepted; "
+                "use alpha, beta, teach >= 0 and temperature > 0"
             )
         if branch_loss == "kd" and alpha == 0:
             raise BitwrightError("bwrf: branch_loss='kd' with alpha=0 leaves the branches no loss; use alpha > 0")
@@ -135,7 +138,7 @@ class BWRF(Method):
             if missing:
                 raise BitwrightError(f"bwrf: the {role} has no module {missing[0]!r}; blocks are names of its modules")
         self.order, self.branch_loss, self.backbone_kd = order, branch_loss, backbone_kd
-        self.alpha, self.temperature = alpha, temperature
+        self.alpha, self.teach, self.temperature = alpha, teach, temperature
         self.fade, self.total_steps, self.steps = fade, total_steps or 1, 0
         self.sample, self.joint, self.loss_fn = sample, joint and order == "prefix", loss_fn
         self.weights = branch_weights(len(self.blocks), weights, beta)
@@ -182,6 +185,9 @@ class BWRF(Method):
         if branches:
             each = [w * self._branch_loss(logits[k], batch.y, teacher) for k, w in branches.items()]
             named["bwrf_branches"] = torch.stack(each).sum()
+            if self.teach > 0:
+                taught = [w * kd_loss(outputs, logits[k], self.temperature) for k, w in branches.items()]
+                named["bwrf_teach"] = self.teach * torch.stack(taught).sum()
         return named
 
     def _logits(
