@@ -5,8 +5,10 @@ from bitwright.methods.allocation import Allocation
 from bitwright.methods.base import Batch, Method
 from bitwright.methods.bwrf import BWRF
 from bitwright.methods.cage import CAGE
+from bitwright.methods.constrained import Constrained
 from bitwright.methods.ewgs import EWGSDelta
 from bitwright.methods.gaqat import GAQAT
+from bitwright.methods.hgq import HGQ
 from bitwright.methods.kd import KD
 from bitwright.methods.pege import PEGECurriculum
 from bitwright.methods.saq import SAQ
@@ -15,11 +17,13 @@ __all__ = [
     "BWRF",
     "CAGE",
     "GAQAT",
+    "HGQ",
     "KD",
     "SAQ",
     "AdaQAT",
     "Allocation",
     "Batch",
+    "Constrained",
     "EWGSDelta",
     "Method",
     "PEGECurriculum",
