@@ -8,6 +8,7 @@ from bitwright.compiled import compile_model
 from bitwright.coverage import Coverage, coverage
 from bitwright.errors import BitwrightError
 from bitwright.methods import (
+    AMED,
     BWRF,
     CAGE,
     GAQAT,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AMED",
     "BWRF",
     "CAGE",
     "GAQAT",

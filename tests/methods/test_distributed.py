@@ -13,7 +13,7 @@ sys.path[:0] = sys.argv[4:]
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from bitwright import BWRF, CAGE, GAQAT, HGQ, KD, SAQ, AdaQAT, Allocation, Constrained, quantizers
+from bitwright import AMED, BWRF, CAGE, GAQAT, HGQ, KD, SAQ, AdaQAT, Allocation, Constrained, quantizers
 from bitwright.costs import cost_table
 from methods.nets import data, float_net, make_step, quantized
 rank, name = int(sys.argv[1]), sys.argv[3]
@@ -24,6 +24,7 @@ costs = cost_table(model, data()[0][:1])
 method = {
     "adaqat": lambda: AdaQAT(model, 100, every=1, warmup_steps=0, eta=2.0, lam=0.01),
     "allocation": lambda: Allocation(model, costs, {"bitops": 0.6 * costs.bitops}, steps=2),
+    "amed": lambda: AMED(model, 6, costs, every=1, freeze_at=1.0),
     "bwrf": lambda: BWRF(model, partner, sample=True),
     "cage": lambda: CAGE(model, 6, lam=1.0, silence=0.1),
     "constrained": lambda: Constrained(model, torch.nn.functional.cross_entropy, rate=1.0),
@@ -46,7 +47,9 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adaqat", "allocation", "bwrf", "cage", "constrained", "gaqat", "hgq", "kd", "saq"])
+@pytest.mark.parametrize(
+    "name", ["adaqat", "allocation", "amed", "bwrf", "cage", "constrained", "gaqat", "hgq", "kd", "saq"]
+)
 def test_ranks_agree(tmp_path, name):
     here = str(Path(__file__).parents[1])
     ranks = [
@@ -61,5 +64,5 @@ def test_ranks_agree(tmp_path, name):
     one, two = (p.communicate(timeout=300)[0].partition("RESULT ")[2].strip().rpartition("] ") for p in ranks)
     assert one[0] == two[0] != ""
     assert one[2] != two[2]
-    if name in ("adaqat", "allocation", "hgq"):
+    if name in ("adaqat", "allocation", "amed", "hgq"):
         assert "4, 4, 4, 4, 4, 4" not in one[0]

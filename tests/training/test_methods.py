@@ -40,6 +40,14 @@ def test_the_constrained_network_reports_its_duals(tmp_path):
     assert max(told["duals"].values()) > 0
 
 
+def test_amed_meets_its_budget(tmp_path):
+    methods = "methods=[{amed: {every: 1, budget: {bitops: 1.6e6}}}]"
+    summary = runs.train(tmp_path, PARTNER, "bits=w8a8", methods, "schedule.epochs=2")
+    assert summary["methods"]["amed"]["cost"]["bitops"] == pytest.approx(summary["bitops"])
+    assert summary["bitops"] <= 1.6e6
+    assert {"amed/weight_bits", "amed/bitops"} <= runs.rows_of(tmp_path)[-1].keys()
+
+
 def test_ewgs_moves_its_factor_from_the_runs_own_batches(tmp_path):
     runs.train(tmp_path, PARTNER, "estimator=ewgs", "methods=[{ewgs: {every: 1, iterations: 2}}]", "schedule.epochs=1")
     assert runs.rows_of(tmp_path)[-1]["ewgs/delta"] >= 0

@@ -2,6 +2,7 @@
 
 from bitwright.methods.adaqat import AdaQAT
 from bitwright.methods.allocation import Allocation
+from bitwright.methods.amed import AMED
 from bitwright.methods.base import Batch, Method
 from bitwright.methods.bwrf import BWRF
 from bitwright.methods.cage import CAGE
@@ -14,6 +15,7 @@ from bitwright.methods.pege import PEGECurriculum
 from bitwright.methods.saq import SAQ
 
 __all__ = [
+    "AMED",
     "BWRF",
     "CAGE",
     "GAQAT",

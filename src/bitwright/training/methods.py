@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
 from bitwright.methods import (
+    AMED,
     BWRF,
     CAGE,
     GAQAT,
@@ -103,6 +104,10 @@ def _cage(options: dict[str, Any], context: MethodContext) -> Method:
     return CAGE(context.model, context.steps, **options)
 
 
+def _amed(options: dict[str, Any], context: MethodContext) -> Method:
+    return AMED(context.model, context.steps, context.cost_table(), **{"seed": context.seed, **options})
+
+
 def _constrained(options: dict[str, Any], context: MethodContext) -> Method:
     return Constrained(context.model, context.loss_fn, **options)
 
@@ -133,6 +138,7 @@ METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
     "allocation": _allocation,
     "ewgs": _ewgs,
     "cage": _cage,
+    "amed": _amed,
     "constrained": _constrained,
     "saq": _saq,
     "gaqat": _gaqat,
