@@ -53,9 +53,10 @@ def test_ewgs_moves_its_factor_from_the_runs_own_batches(tmp_path):
     assert runs.rows_of(tmp_path)[-1]["ewgs/delta"] >= 0
 
 
-def test_hgq_meets_its_budget_and_the_file_is_what_was_trained(tmp_path, snapping):
+@pytest.mark.parametrize("more", [[], ["optimizer.ema=0.5"]], ids=["", "ema"])
+def test_hgq_meets_its_budget_and_the_file_is_what_was_trained(tmp_path, snapping, more):
     methods = "methods=[kd, {hgq: {budget: {bitops: 1.6e6}}}]"
-    summary = runs.train(tmp_path, PARTNER, "bits=w6a6", methods, "schedule.epochs=3")
+    summary = runs.train(tmp_path, PARTNER, "bits=w6a6", methods, "schedule.epochs=3", *more)
     assert summary["methods"]["hgq"]["cost"]["bitops"] == pytest.approx(summary["bitops"])
     assert summary["bitops"] <= 1.6e6
     assert summary["methods"]["hgq"]["frozen"]

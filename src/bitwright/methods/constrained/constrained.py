@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bitwright.constraints import Constraint
 from bitwright.errors import BitwrightError
+from bitwright.grids.base import as_float
 from bitwright.methods.base import Batch, Method
 from bitwright.methods.constrained.views import Views
 from bitwright.methods.probe import unwrap
@@ -21,8 +22,7 @@ SLACK_AT = {1: 0.9, 2: 0.7, 3: 0.3, 4: 0.1}  # of the outputs, by the fewest bit
 
 def soft_cross_entropy(low: Tensor, full: Tensor) -> Tensor:
     """-sum softmax(full) log softmax(low) over the last axis, mean over the others; gradient to both."""
-    log_p = F.log_softmax(low.float(), -1)
-    return -(F.softmax(full.float(), -1) * log_p).sum(-1).mean()
+    return -(F.softmax(as_float(full), -1) * F.log_softmax(as_float(low), -1)).sum(-1).mean()
 
 
 class Constrained(Method):
@@ -73,7 +73,7 @@ class Constrained(Method):
                 f"constrained: eps_output={eps_output}, eps_layer={eps_layer}, rate={rate} is not accepted; "
                 "use numbers > 0"
             )
-        self.loss_fn, self.run = loss_fn, model
+        self.loss_fn = loss_fn
         bounds = {OUTPUT: eps_output, **dict.fromkeys(self.views.layers, eps_layer)}
         # In units of its bound a slack is 1 / eps times as large, a dual eps times: products and steps are the paper's.
         self.constraints = {
@@ -83,39 +83,47 @@ class Constrained(Method):
         device = next(model.parameters()).device
         self.sums, self.count = torch.zeros(len(bounds), dtype=torch.float64, device=device), 0
         self.slacks: dict[str, float] = {}
+        self.outputs: Tensor | None = None
 
     def duals(self) -> dict[str, float]:
         """The dual variable of every constraint: loss per unit of slack."""
         return {name: c.multiplier / c.target for name, c in self.constraints.items()}
 
+    def losses(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
+        self.outputs = outputs
+        return {}
+
     def backward(self, step: Any) -> None:
-        inner = step.model.module if isinstance(step.model, DistributedDataParallel) else step.model
-        self.run = inner
         with self.views.low():
             total = step.forward_loss(step.batch)
+            # Behind all other methods' losses, some of which look at what the network's modules put out last.
+            kept = [b.clone() for b in self.views.statistics]
+            run = step.model.module if isinstance(step.model, DistributedDataParallel) else step.model
+            with step.autocast(step.batch.x.device):
+                own = self._terms(run, step.batch)
+        total = total + own["constrained_task"] + own["constrained"]
+        step.result.loss = total.detach()
+        step.result.losses.update({name: value.detach() for name, value in own.items()})
         (total / step.accumulate).backward()
-        self._restore()
+        # Norms keep the low-precision pass's statistics; written only now that nothing waits for a backward pass.
+        with torch.no_grad():
+            for buffer, before in zip(self.views.statistics, kept, strict=True):
+                buffer.copy_(before)
+        self.outputs = None
 
-    def losses(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
-        """The full-precision task loss, and what the constraints add to it; after the low-precision pass."""
-        self.kept = [b.clone() for b in self.views.statistics]
+    def _terms(self, run: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The full-precision task loss, and what the constraints add to it; scalars in float32 at least."""
         with self.views.full():
-            full = self.run(batch.x)
-        values = {OUTPUT: soft_cross_entropy(outputs, full)}
+            full = run(batch.x)
+        assert self.outputs is not None
+        values = {OUTPUT: soft_cross_entropy(self.outputs, full)}
         for name in self.views.layers:
             mine, low = self.views.local(name)
-            values[name] = (mine.float() - low.float()).square().mean()
+            values[name] = (as_float(mine) - as_float(low)).square().mean()
         self.sums += torch.stack([v.detach() for v in values.values()])
         self.count += 1
         terms = [c.penalty(values[name]) for name, c in self.constraints.items()]
-        return {"constrained_task": self.loss_fn(full, batch.y), "constrained": torch.stack(terms).sum()}
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        """Norms keep the low-precision pass's statistics; written only now that nothing waits for a backward pass."""
-        for buffer, kept in zip(self.views.statistics, self.kept, strict=True):
-            buffer.copy_(kept)
-        self.kept = []
+        return {"constrained_task": as_float(self.loss_fn(full, batch.y)), "constrained": torch.stack(terms).sum()}
 
     def after_epoch(self, metrics: dict[str, Any]) -> None:
         if self.count:
