@@ -114,6 +114,35 @@ def test_bits_go_where_the_loss_is_sensitive():
     assert all(widths["heavy"][role] > widths["light"][role] for role in ("weight", "input"))
 
 
+def test_attention_shares_a_width_among_its_inputs():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.fc = nn.Linear(8, 8), nn.Linear(8, 4)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            h = self.stem(x)
+            return self.fc(self.attention(h, h, h, need_weights=False)[0].mean(1))
+
+    torch.manual_seed(0)
+    net = Attending()
+    six = QuantizerSpec(bits=6)
+    prepare(net, [Rule(match="*", weight=six, input=six), Rule(match="attention", attention=six)])
+    x, y = torch.randn(16, 5, 8), torch.randint(4, (16,))
+    calibrate(net, [x]).train()
+    costs = cost_table(net, x)
+    method = HGQ(net, 20, costs, budget={"bitops": 0.5 * costs.bitops}, warmup_steps=0, fixed=())
+    step = Step(net, F.cross_entropy, torch.optim.SGD(net.parameters(), 0.1), [method])
+    for _ in range(15):
+        step(x, y)
+    sizes = {slot.role: slot.values for slot in method.slots if slot.layer == "attention"}
+    # What it reads, queries, keys and values of 5 x 8 each, and 2 heads' attention of 5 x 5.
+    assert sizes == {"weight": 3 * 64, "input": 4 * 40 + 2 * 25}
+    assert method.done
+    assert cost_table(net, x).bitops <= 0.5 * costs.bitops
+
+
 def test_beta_goes_between_its_ends_in_the_logarithm():
     _, method, _ = built(budget=None, beta=[0.01, 1.0])
     assert [method.beta_at(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.01, 0.1, 1.0])

@@ -33,8 +33,7 @@ class BitSlot:
     """The real-valued bit-width that some quantizers share, a leaf with its own gradient while they train.
 
     Attributes:
-        real: shape (1,), float32. bits: what the quantizers have now, `real` rounded. values: elements that share the
-            width, of one sample for inputs; known after a forward pass.
+        real: shape (1,), float32. bits: what the quantizers have now, `real` rounded.
     """
 
     def __init__(self, layer: str, role: str, quantizers: list[Quantizer], owner: str):
@@ -48,7 +47,8 @@ class BitSlot:
         if len(bits) > 1:
             raise BitwrightError(f"{owner}: {layer}: {role} bits are {sorted(bits)} by the rules; they must be alike")
         self.layer, self.role, self.quantizers = layer, role, quantizers
-        self.bits, self.values = bits.pop(), 1
+        self.bits = bits.pop()
+        self.sizes: dict[str, int] = {}
         device = quantizers[0].bits.device
         self.real = torch.full((1,), float(self.bits), device=device, requires_grad=True)
         self.handles = [q.register_forward_hook(self) for q in quantizers]
@@ -58,9 +58,14 @@ class BitSlot:
             return None
         (x,) = inputs
         shape = quantizer.shape
-        self.values = math.prod(x.shape if shape.role == "weight" else x.shape[1:])
+        self.sizes[quantizer.name] = math.prod(x.shape if shape.role == "weight" else x.shape[1:])
         step = along(quantizer.grid.effective_scale(), x, shape.axis)
         return with_bit_gradient(output, x, step, self.real)
+
+    @property
+    def values(self) -> int:
+        """How many elements share the width, of one sample for inputs; at least 1, known after a forward pass."""
+        return max(sum(self.sizes.values()), 1)
 
     def set_bits(self, bits: int) -> bool:
         """Give the quantizers `bits`, scales following; whether that changed anything."""
