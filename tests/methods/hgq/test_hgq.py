@@ -143,6 +143,17 @@ def test_attention_shares_a_width_among_its_inputs():
     assert cost_table(net, x).bitops <= 0.5 * costs.bitops
 
 
+def test_inputs_alone_cost_no_bytes():
+    spec = QuantizerSpec(bits=4)
+    model = prepare(float_net().requires_grad_(True), [Rule(match="*", input=spec)])
+    calibrate(model, [data(count=32)])
+    costs = cost_table(model, data()[0][:1])
+    method = HGQ(model.train(), 8, costs, budget={"size": costs.size_bytes}, warmup_steps=0)
+    run(make_step(model, [method]), 0, 8)
+    assert method.done
+    assert cost_table(model, data()[0][:1]).size_bytes == costs.size_bytes
+
+
 def test_beta_goes_between_its_ends_in_the_logarithm():
     _, method, _ = built(budget=None, beta=[0.01, 1.0])
     assert [method.beta_at(p) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.01, 0.1, 1.0])

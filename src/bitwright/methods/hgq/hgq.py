@@ -167,12 +167,10 @@ class HGQ(Method):
         limits = self.budget.constraints
         weights = {k: (c.multiplier, c.target) for k, c in limits.items()}
         weights = weights or {"bitops": (self.beta_at(progress), self.at_start)}
-        weighted = sum(m * total(self.rows, kind, pairs) / unit for kind, (m, unit) in weights.items())
-        slopes = torch.autograd.grad(torch.as_tensor(weighted), bits, allow_unused=True)
+        terms = (m * total(self.rows, kind, pairs) / unit for kind, (m, unit) in weights.items())
+        slopes = torch.autograd.grad(sum(terms, 0.0 * bits[0]), bits, materialize_grads=True)
         shared = torch.tensor([s.values for s in self.slots], dtype=torch.float64)
-        return torch.stack([torch.zeros_like(b) if g is None else g for b, g in zip(bits, slopes, strict=True)]) / (
-            shared.sqrt()
-        )
+        return torch.stack(slopes) / shared.sqrt()
 
     def _finish(self) -> None:
         """Widths become integers for good; with a budget, the nearest assignment that meets it."""
