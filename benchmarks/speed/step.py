@@ -29,13 +29,14 @@ from torch import nn
 
 import bitwright as bw
 from bitwright import kernels
+from bitwright.costs import cost_table
 from bitwright.topology import Topology
 from bitwright.training.memory import keep_freed_memory
 from bitwright.training.models import build_model
 
 SIZES = {"resnet8": 32, "resnet20": 32, "torchvision/resnet18": 224, "timm/vit_tiny_patch16_224": 224}
 LEAN = 0.7
-METHODS = ["pege-0.5", "pege-1", "kd", "bwrf", "bwrf-sampled", "adaqat"]
+METHODS = ["pege-0.5", "pege-1", "kd", "bwrf", "bwrf-sampled", "adaqat", "hgq", "constrained"]
 
 
 def quantized(
@@ -83,6 +84,14 @@ def builders(
         student = quantized(model, "w8a8", x)
         return make_step(student, [bw.AdaQAT(student, 10**6, warmup_steps=0, eta=0.0)], **options)
 
+    def hgq() -> bw.Step:
+        student = quantized(model, bits, x)
+        return make_step(student, [bw.HGQ(student, 10**6, cost_table(student, x), beta=1.0, eta=0.0)], **options)
+
+    def constrained() -> bw.Step:
+        student = quantized(model, bits, x)
+        return make_step(student, [bw.Constrained(student, F.cross_entropy)], **options)
+
     return {
         "float": plain,
         "lsq": lsq,
@@ -97,6 +106,8 @@ def builders(
         "bwrf": partial(bwrf, False),
         "bwrf-sampled": partial(bwrf, True),
         "adaqat": adaqat,
+        "hgq": hgq,
+        "constrained": constrained,
     }
 
 

@@ -7,7 +7,22 @@ from bitwright.calibrate import calibrate
 from bitwright.compiled import compile_model
 from bitwright.coverage import Coverage, coverage
 from bitwright.errors import BitwrightError
-from bitwright.methods import BWRF, CAGE, GAQAT, KD, SAQ, AdaQAT, Allocation, Batch, EWGSDelta, Method, PEGECurriculum
+from bitwright.methods import (
+    AMED,
+    BWRF,
+    CAGE,
+    GAQAT,
+    HGQ,
+    KD,
+    SAQ,
+    AdaQAT,
+    Allocation,
+    Batch,
+    Constrained,
+    EWGSDelta,
+    Method,
+    PEGECurriculum,
+)
 from bitwright.prepare import describe, prepare, quant_layers, quantizers, split_parameters
 from bitwright.quantizer import Quantizer
 from bitwright.rules import Rule, rules
@@ -22,15 +37,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AMED",
     "BWRF",
     "CAGE",
     "GAQAT",
+    "HGQ",
     "KD",
     "SAQ",
     "AdaQAT",
     "Allocation",
     "Batch",
     "BitwrightError",
+    "Constrained",
     "Coverage",
     "EWGSDelta",
     "Method",

@@ -39,7 +39,8 @@ class Step:
         steps: optimizer steps taken so far.
 
     Raises:
-        BitwrightError: two methods own the backward pass, two losses share a name, or accumulate is below 1.
+        BitwrightError: two methods own the backward pass, two set bit-widths, two losses share a name, or accumulate is
+            below 1.
     """
 
     def __init__(
@@ -57,6 +58,9 @@ class Step:
         if len(owners) > 1:
             names = " and ".join(m.name or type(m).__name__ for m in owners)
             raise BitwrightError(f"methods: {names} both own the backward pass; use one of them")
+        setters = [m.name or type(m).__name__ for m in methods if m.sets_bits]
+        if len(setters) > 1:
+            raise BitwrightError(f"methods: {' and '.join(setters)} both set bit-widths; use one of them")
         if accumulate < 1:
             raise BitwrightError(f"accumulate={accumulate} is not accepted; use 1 or more batches per step")
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer

@@ -69,10 +69,13 @@ def resumed(fresh: Callable[[], tuple[nn.Module, Step]], stop: int, last: int) -
     """The model of a run that stopped after `stop` batches and went on to `last` from its saved state."""
     half, step = fresh()
     run(step, 0, stop)
+    pending = [p.grad for p in half.parameters()]
     saved = copy.deepcopy((half.state_dict(), step.optimizer.state_dict(), step.state_dict()))
     rest, step = fresh()
     rest.load_state_dict(saved[0])
     step.optimizer.load_state_dict(saved[1])
     step.load_state_dict(saved[2])
+    for parameter, gradient in zip(rest.parameters(), pending, strict=True):
+        parameter.grad = gradient
     run(step, stop, last)
     return rest

@@ -225,6 +225,11 @@ def test_method_options_are_checked(tmp_path):
         ("[{bwrf: {blocks: [layer1, nowhere]}}]", r"tiny.yaml: bwrf: the model has no module 'nowhere'"),
         ("[{adaqat: {budget: {bitops: 10}}}]", r"tiny.yaml: adaqat: budget.bitops=10 cannot be met"),
         ("[{allocation: {budget: {size: 10}}}]", r"tiny.yaml: allocation: budget.size=10 cannot be met"),
+        ("[{hgq: {budget: {size: 10}}}]", r"tiny.yaml: hgq: budget.size=10 cannot be met"),
+        ("[{amed: {budget: {size: 10}}}]", r"tiny.yaml: amed: budget.size=10 cannot be met"),
+        ("[{constrained: {rate: 0}}]", r"tiny.yaml: constrained: .*rate=0"),
+        ("[constrained, saq]", r"tiny.yaml: methods: constrained and saq both own the backward pass"),
+        ("[{hgq: {beta: 1}}, adaqat]", r"tiny.yaml: methods: hgq and adaqat both set bit-widths"),
         ("[{cage: {lam: -1}}]", r"tiny.yaml: cage: .*lam=-1"),
     ],
 )

@@ -2,6 +2,9 @@
 
 import pytest
 
+from bitwright import export, verify
+from bitwright.training.folder import load_run
+
 from . import runs
 
 PARTNER = runs.PARTNER
@@ -27,9 +30,43 @@ def test_the_rest_of_the_family_trains_together(tmp_path, two_passes):
     assert len(set(summary["weight_bits"].values())) > 1
 
 
+def test_the_constrained_network_reports_its_duals(tmp_path):
+    summary = runs.train(tmp_path, PARTNER, "methods=[kd, {constrained: {rate: 1.0}}]", "schedule.epochs=2")
+    last = runs.rows_of(tmp_path)[-1]
+    assert {"loss_kd", "loss_constrained", "loss_constrained_task", "constrained/output"} <= last.keys()
+    told = summary["methods"]["constrained"]
+    assert told["duals"] == {k.removeprefix("constrained/dual/"): v for k, v in last.items() if "/dual/" in k}
+    assert told["duals"].keys() == told["slacks"].keys() == {"output", *summary["weight_bits"]}
+    assert max(told["duals"].values()) > 0
+
+
+def test_amed_meets_its_budget(tmp_path):
+    methods = "methods=[{amed: {every: 1, budget: {bitops: 1.6e6}}}]"
+    summary = runs.train(tmp_path, PARTNER, "bits=w8a8", methods, "schedule.epochs=2")
+    assert summary["methods"]["amed"]["cost"]["bitops"] == pytest.approx(summary["bitops"])
+    assert summary["bitops"] <= 1.6e6
+    assert {"amed/weight_bits", "amed/bitops"} <= runs.rows_of(tmp_path)[-1].keys()
+
+
 def test_ewgs_moves_its_factor_from_the_runs_own_batches(tmp_path):
     runs.train(tmp_path, PARTNER, "estimator=ewgs", "methods=[{ewgs: {every: 1, iterations: 2}}]", "schedule.epochs=1")
     assert runs.rows_of(tmp_path)[-1]["ewgs/delta"] >= 0
+
+
+@pytest.mark.parametrize("more", [[], ["optimizer.ema=0.5"]], ids=["", "ema"])
+def test_hgq_meets_its_budget_and_the_file_is_what_was_trained(tmp_path, snapping, more):
+    methods = "methods=[kd, {hgq: {budget: {bitops: 1.6e6}}}]"
+    summary = runs.train(tmp_path, PARTNER, "bits=w6a6", methods, "schedule.epochs=3", *more)
+    assert summary["methods"]["hgq"]["cost"]["bitops"] == pytest.approx(summary["bitops"])
+    assert summary["bitops"] <= 1.6e6
+    assert summary["methods"]["hgq"]["frozen"]
+    assert {"hgq/weight_bits", "hgq/lambda_bitops"} <= runs.rows_of(tmp_path)[-1].keys()
+    run, file = load_run(tmp_path / "run"), tmp_path / "net.onnx"
+    images = next(iter(run.dataset.test_batches(batch_size=50, device=run.device)))[0]
+    export(run.model, file, images[:1])
+    report = verify(run.model, file, [images])
+    assert report.ok
+    assert len(set(summary["weight_bits"].values())) > 1
 
 
 @pytest.mark.slow

@@ -37,15 +37,15 @@ class Row:
     input_bits: int | None
     product: bool = False
 
-    def bits(self, assignment: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    def bits(self, assignment: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
         """(weight bits, input bits) under one (weight, input) pair per group."""
         pair = (0, 0) if self.group is None else assignment[self.group]
         w = pair[1 if self.product else 0] if self.weight_bits is None else self.weight_bits
         return w, pair[1] if self.input_bits is None else self.input_bits
 
-    def cost(self, kind: str, w: int, a: int) -> float:
-        """BitOPs or bytes at w and a bits."""
-        return float(bitops(self.macs, w, a) if kind == "bitops" else size_bytes(self.weights, w))
+    def cost(self, kind: str, w: Any, a: Any) -> Any:
+        """BitOPs or bytes at w and a bits, a float; of tensors a tensor, which passes gradients."""
+        return bitops(float(self.macs), w, a) if kind == "bitops" else size_bytes(float(self.weights), w)
 
 
 def make_rows(costs: Any, model: nn.Module, groups: dict[str, int], owner: str) -> list[Row]:
@@ -80,8 +80,8 @@ def make_rows(costs: Any, model: nn.Module, groups: dict[str, int], owner: str) 
     return rows
 
 
-def total(rows: Sequence[Row], kind: str, assignment: Sequence[tuple[int, int]]) -> float:
-    """Cost of the whole network; float tensors count as 32 bits."""
+def total(rows: Sequence[Row], kind: str, assignment: Sequence[tuple[Any, Any]]) -> Any:
+    """Cost of the whole network; float tensors count as 32 bits. A scalar tensor for pairs of tensors, else a float."""
     return sum(row.cost(kind, *row.bits(assignment)) for row in rows)
 
 

@@ -38,12 +38,15 @@ class TQT(Grid):
         super().__init__(shape)
         self.log2_scale = nn.Parameter(torch.zeros(shape.channels))
 
+    def effective_scale(self) -> Tensor:
+        """The scale, a power of two, shape (channels,)."""
+        return power_of_two(self.log2_scale)
+
     def forward(self, x: Tensor, codes: CodeRange, estimator: nn.Module) -> Tensor:
-        scale = power_of_two(self.log2_scale)
-        return fake_quantize(x, scale, codes.zero, codes.lo, codes.hi, estimator, self.shape.axis)
+        return fake_quantize(x, self.effective_scale(), codes.zero, codes.lo, codes.hi, estimator, self.shape.axis)
 
     def affine(self, x: Tensor | None, codes: CodeRange) -> Affine:
-        return make_affine(power_of_two(self.log2_scale), codes.zero, codes)
+        return make_affine(self.effective_scale(), codes.zero, codes)
 
     @torch.no_grad()
     def initialize(self, stats: Stats, codes: CodeRange) -> None:

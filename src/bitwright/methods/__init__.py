@@ -2,24 +2,30 @@
 
 from bitwright.methods.adaqat import AdaQAT
 from bitwright.methods.allocation import Allocation
+from bitwright.methods.amed import AMED
 from bitwright.methods.base import Batch, Method
 from bitwright.methods.bwrf import BWRF
 from bitwright.methods.cage import CAGE
+from bitwright.methods.constrained import Constrained
 from bitwright.methods.ewgs import EWGSDelta
 from bitwright.methods.gaqat import GAQAT
+from bitwright.methods.hgq import HGQ
 from bitwright.methods.kd import KD
 from bitwright.methods.pege import PEGECurriculum
 from bitwright.methods.saq import SAQ
 
 __all__ = [
+    "AMED",
     "BWRF",
     "CAGE",
     "GAQAT",
+    "HGQ",
     "KD",
     "SAQ",
     "AdaQAT",
     "Allocation",
     "Batch",
+    "Constrained",
     "EWGSDelta",
     "Method",
     "PEGECurriculum",

@@ -45,3 +45,9 @@ def adjustable_layers(model: nn.Module, fixed: Sequence[str], owner: str) -> dic
     if not learned:
         raise BitwrightError(f"{owner}: no quantized layer is left to learn; prepare the model, or fix fewer layers")
     return learned
+
+
+def bit_means(owner: str, widths: dict[str, dict[str, int]]) -> dict[str, float]:
+    """{"OWNER/weight_bits": mean, "OWNER/input_bits": mean} of {layer: {role: bits}}; without roles nobody has."""
+    found = {r: [each[r] for each in widths.values() if r in each] for r in ROLES}
+    return {f"{owner}/{role}_bits": sum(bits) / len(bits) for role, bits in found.items() if bits}

@@ -22,6 +22,7 @@ class Method:
     """
 
     name: str = ""
+    sets_bits: bool = False  # whether it changes the bit-widths of quantizers; a `Step` takes one such method
 
     def losses(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
         """Further scalar losses, already weighted, by name; `outputs` are the model's for `batch`."""

@@ -7,7 +7,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
-from bitwright.methods import BWRF, CAGE, GAQAT, KD, SAQ, AdaQAT, Allocation, EWGSDelta, Method, PEGECurriculum
+from bitwright.methods import (
+    AMED,
+    BWRF,
+    CAGE,
+    GAQAT,
+    HGQ,
+    KD,
+    SAQ,
+    AdaQAT,
+    Allocation,
+    Constrained,
+    EWGSDelta,
+    Method,
+    PEGECurriculum,
+)
 from bitwright.training.data import Dataset
 from bitwright.training.lookup import close_matches
 from bitwright.training.recipe import Recipe
@@ -78,12 +92,24 @@ def _adaqat(options: dict[str, Any], context: MethodContext) -> Method:
     return AdaQAT(context.model, context.steps, context.cost_table(), **options)
 
 
+def _hgq(options: dict[str, Any], context: MethodContext) -> Method:
+    return HGQ(context.model, context.steps, context.cost_table(), **options)
+
+
 def _allocation(options: dict[str, Any], context: MethodContext) -> Method:
     return Allocation(context.model, context.cost_table(), **options)
 
 
 def _cage(options: dict[str, Any], context: MethodContext) -> Method:
     return CAGE(context.model, context.steps, **options)
+
+
+def _amed(options: dict[str, Any], context: MethodContext) -> Method:
+    return AMED(context.model, context.steps, context.cost_table(), **{"seed": context.seed, **options})
+
+
+def _constrained(options: dict[str, Any], context: MethodContext) -> Method:
+    return Constrained(context.model, context.loss_fn, **options)
 
 
 def _saq(options: dict[str, Any], context: MethodContext) -> Method:
@@ -108,9 +134,12 @@ METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
     "bwrf": _bwrf,
     "pege": _pege,
     "adaqat": _adaqat,
+    "hgq": _hgq,
     "allocation": _allocation,
     "ewgs": _ewgs,
     "cage": _cage,
+    "amed": _amed,
+    "constrained": _constrained,
     "saq": _saq,
     "gaqat": _gaqat,
 }

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from bitwright.costs import CostTable, LayerCost, parse_budget
 from bitwright.costs.assignment import make_rows, total
 from bitwright.errors import BitwrightError
-from bitwright.methods.adaqat.budget import Budget, meet_budget
 from bitwright.methods.adaqat.groups import make_group, pair_of
 from bitwright.methods.adaqat.rule import Width, curvatures, relative_update, update
-from bitwright.methods.adjustable import ROLES, adjustable_layers
+from bitwright.methods.adjustable import ROLES, adjustable_layers, bit_means
 from bitwright.methods.base import Method
+from bitwright.methods.budget import BUDGET_RULES, Budget, meet_budget
+from bitwright.methods.options import require
 from bitwright.methods.probe import forward_fast, untouched, unwrap
 from bitwright.methods.ranks import mean_over_ranks
 from bitwright.spec import MAX_BITS
 
 GRANULARITIES = ("network", "layer")
-BUDGET_RULES = ("pid", "dual")
 
 
 class AdaQAT(Method):
@@ -70,6 +70,7 @@ class AdaQAT(Method):
     """
 
     name = "adaqat"
+    sets_bits = True
 
     def __init__(
         self,
@@ -90,24 +91,25 @@ class AdaQAT(Method):
         fixed: Sequence[str] = ("first", "last"),
         rule: str = "pid",
     ):
-        require(granularity in GRANULARITIES, "granularity", granularity, "network or layer")
-        require(rule in BUDGET_RULES, "rule", rule, "pid or dual")
-        require(total_steps >= 1 and every >= 1, "total_steps, every", (total_steps, every), "whole numbers >= 1")
-        require(isinstance(floor, int) and 2 <= floor < MAX_BITS, "floor", floor, "2 to 7 (probes run one bit below)")
-        require(start is None or floor <= start <= MAX_BITS, "start", start, f"None or {floor} to {MAX_BITS}")
-        require(lam >= 0 and (lam > 0 or not budget), "lam", lam, "a number >= 0 (> 0 with a budget)")
-        require(eta is None or eta >= 0, "eta", eta, "a number >= 0")
-        require(0 < probe_fraction <= 1, "probe_fraction", probe_fraction, "0 < fraction <= 1")
-        require(0 < freeze_at <= 1, "freeze_at", freeze_at, "0 < fraction <= 1")
-        require(freeze_after >= 0, "freeze_after", freeze_after, "a whole number >= 0")
+        need = partial(require, self.name)
+        need(granularity in GRANULARITIES, "granularity", granularity, "network or layer")
+        need(rule in BUDGET_RULES, "rule", rule, " or ".join(BUDGET_RULES))
+        need(total_steps >= 1 and every >= 1, "total_steps, every", (total_steps, every), "whole numbers >= 1")
+        need(isinstance(floor, int) and 2 <= floor < MAX_BITS, "floor", floor, "2 to 7 (probes run one bit below)")
+        need(start is None or floor <= start <= MAX_BITS, "start", start, f"None or {floor} to {MAX_BITS}")
+        need(lam >= 0 and (lam > 0 or not budget), "lam", lam, "a number >= 0 (> 0 with a budget)")
+        need(eta is None or eta >= 0, "eta", eta, "a number >= 0")
+        need(0 < probe_fraction <= 1, "probe_fraction", probe_fraction, "0 < fraction <= 1")
+        need(0 < freeze_at <= 1, "freeze_at", freeze_at, "0 < fraction <= 1")
+        need(freeze_after >= 0, "freeze_after", freeze_after, "a whole number >= 0")
         warmup = round(0.1 * total_steps) if warmup_steps is None else warmup_steps
         self.deadline = max(1, round(freeze_at * total_steps))
-        require(0 <= warmup < self.deadline, "warmup_steps", warmup, f"less than the freeze at step {self.deadline}")
+        need(0 <= warmup < self.deadline, "warmup_steps", warmup, f"less than the freeze at step {self.deadline}")
         self.model = unwrap(model)
         self.lam, self.every, self.fraction, self.floor = lam, every, probe_fraction, floor
         self.freeze_after, self.warmup = freeze_after, warmup
         limits = parse_budget(budget, "adaqat")
-        require(not limits or costs is not None, "costs", costs, "one record per layer, which a budget needs")
+        need(not limits or costs is not None, "costs", costs, "one record per layer, which a budget needs")
         layers = adjustable_layers(self.model, fixed, "adaqat")
         named = [("network", list(layers))] if granularity == "network" else [(n, [n]) for n in layers]
         self.groups = [make_group(name, [layers[m] for m in members], start, floor) for name, members in named]
@@ -117,7 +119,7 @@ class AdaQAT(Method):
         visits = (self.deadline - warmup) / (every * len(self.groups))
         way = 2.0 * ((start or MAX_BITS) - floor) / max(visits, 1.0)
         self.eta = eta if eta is not None else (min(1.0, way) if limits else 0.1)
-        self.budget = Budget(limits, self.rows, rule, lam)
+        self.budget = Budget(limits, self.rows, rule, lam, self.name)
         least = [pair_of(group, floor) for group in self.groups]
         self.budget.check([next(iter(group.values())).name for group in self.groups], least, floor)
         self.steps, self.turn, self.probes, self.done = 0, 0, 0, False
@@ -230,7 +232,7 @@ class AdaQAT(Method):
         """Freeze everything; with a budget, at the nearest assignment that meets it."""
         pairs = self._pairs()
         if self.budget:
-            pairs = meet_budget(self.rows, pairs, self._curvatures(), self.budget.limits, self.floor)
+            pairs = meet_budget(self.rows, pairs, self._curvatures(), self.budget.limits, self.floor, self.name)
         for group, pair in zip(self.groups, pairs, strict=True):
             for width in group.values():
                 bits = pair[ROLES.index(width.role)]
@@ -248,26 +250,24 @@ class AdaQAT(Method):
 
     def after_epoch(self, metrics: dict[str, Any]) -> None:
         widths = self.widths()
-        for role in ROLES:
-            bits = [w.bits for w in widths if w.role == role]
-            if bits:
-                metrics[f"adaqat/{role}_bits"] = sum(bits) / len(bits)
+        metrics.update(bit_means(self.name, self._bits()))
         metrics["adaqat/frozen"] = sum(w.frozen for w in widths) / len(widths)
         if self.rows:
             metrics.update({f"adaqat/{kind}": self.cost(kind) for kind in ("bitops", "size")})
         metrics.update({f"adaqat/lambda_{k}": c.multiplier for k, c in self.budget.constraints.items()})
 
+    def _bits(self) -> dict[str, dict[str, int]]:
+        """{layer or "network": {role: bits}} now."""
+        return {next(iter(g.values())).name: {role: w.bits for role, w in g.items()} for g in self.groups}
+
     def summary(self) -> dict[str, Any]:
         """Plain values: widths {layer or "network": {role: bits}}, path [[step, name, role, bits]], cost, budget,
         probes (forward passes made for probing) and frozen (whether nothing moves any more)."""
-        widths: dict[str, dict[str, int]] = {}
-        for width in self.widths():
-            widths.setdefault(width.name, {})[width.role] = width.bits
         cost = {kind: self.cost(kind) for kind in ("bitops", "size")} if self.rows else {}
         path = [list(p) for p in self.path]
         frozen = all(w.frozen for w in self.widths())
         return {
-            "widths": widths,
+            "widths": self._bits(),
             "path": path,
             "cost": cost,
             "budget": dict(self.budget.limits),
@@ -306,9 +306,3 @@ class AdaQAT(Method):
         self._loaded = []
         self.budget.load_state_dict(state)
         self.path = [(s, n, r, b) for s, n, r, b in state["path"]]
-
-
-def require(ok: bool, key: str, value: Any, accepted: str) -> None:
-    """BitwrightError for an option's value that is not accepted."""
-    if not ok:
-        raise BitwrightError(f"adaqat: {key}={value!r} is not accepted; use {accepted}")

@@ -9,7 +9,7 @@ from torch import nn
 from bitwright.costs import CostTable, LayerCost, parse_budget
 from bitwright.costs.assignment import make_rows, solve, total
 from bitwright.errors import BitwrightError
-from bitwright.methods.adjustable import ROLES, adjustable_layers
+from bitwright.methods.adjustable import ROLES, adjustable_layers, bit_means
 from bitwright.methods.allocation.sensitivity import sensitivities
 from bitwright.methods.base import Method
 from bitwright.methods.probe import unwrap
@@ -41,6 +41,7 @@ class Allocation(Method):
     """
 
     name = "allocation"
+    sets_bits = True
 
     def __init__(
         self,
@@ -109,10 +110,7 @@ class Allocation(Method):
         return {n: {r: int(q[0].bits.item()) for r, q in layer.items() if q} for n, layer in self.layers.items()}
 
     def after_epoch(self, metrics: dict[str, Any]) -> None:
-        for role in ROLES:
-            bits = [each[role] for each in self.widths().values() if role in each]
-            if bits:
-                metrics[f"allocation/{role}_bits"] = sum(bits) / len(bits)
+        metrics.update(bit_means(self.name, self.widths()))
 
     def summary(self) -> dict[str, Any]:
         widths = self.widths()

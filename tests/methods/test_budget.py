@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from bitwright import BitwrightError
 from bitwright.costs.assignment import Row, total
-from bitwright.methods.adaqat.budget import meet_budget, near
+from bitwright.methods.budget import meet_budget, near
 
 
 def estimate(pairs, curvature):
@@ -31,7 +31,7 @@ def test_the_assignment_is_the_best_of_all_in_reach_that_meet_the_budget(macs, w
     def allowed(pairs, low):
         return all(low * limit <= total(rows, kind, pairs) <= limit for kind, limit in budget.items())
 
-    got = meet_budget(rows, present, curvature, budget, 2)
+    got = meet_budget(rows, present, curvature, budget, 2, "adaqat")
     assert allowed(got, 0.99)
     for reach in range(1, 7):
         options = [near(pair, a, reach, 2) for pair, a in zip(present, curvature, strict=True)]
@@ -44,10 +44,10 @@ def test_the_assignment_is_the_best_of_all_in_reach_that_meet_the_budget(macs, w
 
 def test_without_an_assignment_within_a_hundredth_the_best_one_inside_is_taken():
     rows = [Row(100, 100, 0, None, None)]
-    assert meet_budget(rows, [(8, 8)], [(1.0, 1.0)], {"bitops": 1190.0}, 2) == [(3, 3)]
-    assert meet_budget(rows, [(8, 8)], [(1.0, None)], {"size": 48.0}, 2) == [(3, 8)]
+    assert meet_budget(rows, [(8, 8)], [(1.0, 1.0)], {"bitops": 1190.0}, 2, "adaqat") == [(3, 3)]
+    assert meet_budget(rows, [(8, 8)], [(1.0, None)], {"size": 48.0}, 2, "adaqat") == [(3, 8)]
 
 
 def test_a_budget_that_no_assignment_meets_is_refused():
-    with pytest.raises(BitwrightError, match="no assignment of 2 to 8 bits lies inside the budget"):
-        meet_budget([Row(100, 100, 0, None, None)], [(4, 4)], [(1.0, 1.0)], {"bitops": 399.0}, 2)
+    with pytest.raises(BitwrightError, match="adaqat: no assignment of 2 to 8 bits lies inside the budget"):
+        meet_budget([Row(100, 100, 0, None, None)], [(4, 4)], [(1.0, 1.0)], {"bitops": 399.0}, 2, "adaqat")

@@ -9,6 +9,8 @@ from bitwright.costs.assignment import Row, solve, total
 from bitwright.errors import BitwrightError
 from bitwright.spec import MAX_BITS
 
+BUDGET_RULES = ("pid", "dual")
+
 Pairs = Sequence[tuple[int, int]]
 
 
@@ -18,12 +20,13 @@ class Budget:
     Args:
         limits: {"bitops": number, "size": bytes}, as by `parse_budget`; may be empty.
         rows: every layer. rule, lam: of the multipliers, see `bitwright.constraints.Constraint`.
+        owner: the method that asks, for messages.
 
     Wherever `pairs` is asked for, it is one (weight bits, input bits) per group.
     """
 
-    def __init__(self, limits: dict[str, float], rows: Sequence[Row], rule: str, lam: float):
-        self.limits, self.rows = limits, rows
+    def __init__(self, limits: dict[str, float], rows: Sequence[Row], rule: str, lam: float, owner: str):
+        self.limits, self.rows, self.owner = limits, rows, owner
         self.constraints = {k: Constraint(v, rule, weight=lam, rate=lam) for k, v in limits.items()}
         self.from_costs: dict[str, float] = {}
 
@@ -35,11 +38,11 @@ class Budget:
         charged = {row.group for row in self.rows}
         for i, name in enumerate(names):
             if self and i not in charged:
-                raise BitwrightError(f"adaqat: costs has no record of {name!r}")
+                raise BitwrightError(f"{self.owner}: costs has no record of {name!r}")
         for kind, limit in self.limits.items():
             if (cost := total(self.rows, kind, least)) > limit:
                 raise BitwrightError(
-                    f"adaqat: budget.{kind}={limit:g} cannot be met: with all learned layers at {floor} bits "
+                    f"{self.owner}: budget.{kind}={limit:g} cannot be met: with all learned layers at {floor} bits "
                     f"it is {cost:g}"
                 )
 
@@ -72,6 +75,7 @@ def meet_budget(
     curvature: Sequence[tuple[float | None, float | None]],
     budget: dict[str, float],
     floor: int,
+    owner: str,
     closeness: float = 0.99,
 ) -> list[tuple[int, int]]:
     """The assignment near `present` with the least estimated loss sum a 4^-b that meets every budget (ours).
@@ -84,6 +88,7 @@ def meet_budget(
         rows: every layer. present: learned (weight, input) bits per group. curvature: a of both, per group; None
             where there is no such learned width, which then keeps its bits.
         budget: {"bitops": ..., "size": ...} as by `parse_budget`. floor: fewest bits.
+        owner: the method that asks, for messages.
 
     Raises:
         BitwrightError: no assignment is inside the budget.
@@ -98,7 +103,7 @@ def meet_budget(
         if chosen is not None:
             return chosen
     least = ", ".join(f"{kind} {limit:g}" for kind, limit in budget.items())
-    raise BitwrightError(f"adaqat: no assignment of {floor} to {MAX_BITS} bits lies inside the budget ({least})")
+    raise BitwrightError(f"{owner}: no assignment of {floor} to {MAX_BITS} bits lies inside the budget ({least})")
 
 
 def near(pair: tuple[int, int], a: tuple[float | None, float | None], reach: int, floor: int) -> list[tuple[int, int]]:
