@@ -9,6 +9,7 @@ from torch import nn
 from bitwright import BitwrightError
 from bitwright.methods.base import Batch
 from bitwright.methods.bwrf import BWRF
+from bitwright.methods.bwrf.partner import Partner
 from methods.nets import data
 
 
@@ -91,3 +92,16 @@ def test_the_same_network_can_be_cut_where_there_is_only_the_trunk():
     method = BWRF(model, partner, blocks=["a", "c"])
     x, y = data()
     assert method.losses(Batch(x, y), model(x)).keys() == {"bwrf_kd", "bwrf_branches"}
+
+
+def test_features_join_in_the_layout_of_the_partner():
+    """Rows in another layout give the same numbers; what leaves the block is laid out as the partner has it."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(5 * 16, 2))
+    partner = Partner(net.to(memory_format=torch.channels_last), ["0", "1"])
+    x = data()[0].contiguous(memory_format=torch.channels_last)
+    rows = torch.randn(3, 4, 6, 6)
+    seen = []
+    net[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits = [partner.branches(x, {0: f})[1][0] for f in (rows, rows.contiguous(memory_format=torch.channels_last))]
+    assert torch.equal(*logits)
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in seen)

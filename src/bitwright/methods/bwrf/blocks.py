@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
+from bitwright.methods.lean import channels_last, is_channels_last
 
 GRANULARITIES = ("stage", "block")
 STAGES = 4  # into which a plain row of transformer blocks is cut
@@ -118,4 +119,8 @@ class Tap:
         self.output = output
         if self.replace is not None:
             return self.replace
-        return None if self.append is None else torch.cat([output, self.append])
+        if self.append is None:
+            return None
+        # Of one layout: all that follows takes its time from that.
+        rows = channels_last(self.append) if is_channels_last(output) else self.append
+        return torch.cat([output, rows])
