@@ -1,4 +1,4 @@
-"""Every kept sweep says things that can be trained: its runs are built, as far as that goes without data and weights."""
+"""Every kept sweep says things that can be trained: its runs are built, as far as that goes without weights."""
 
 from pathlib import Path
 
