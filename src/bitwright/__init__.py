@@ -7,6 +7,7 @@ from bitwright.calibrate import calibrate
 from bitwright.compiled import compile_model
 from bitwright.coverage import Coverage, coverage
 from bitwright.errors import BitwrightError
+from bitwright.layers.reproducible import make_reproducible
 from bitwright.methods import BWRF, CAGE, GAQAT, KD, SAQ, AdaQAT, Allocation, Batch, EWGSDelta, Method, PEGECurriculum
 from bitwright.prepare import describe, prepare, quant_layers, quantizers, split_parameters
 from bitwright.quantizer import Quantizer
@@ -47,6 +48,7 @@ __all__ = [
     "export",
     "freeze",
     "load_packed",
+    "make_reproducible",
     "prepare",
     "quant_layers",
     "quantizers",
