@@ -29,9 +29,9 @@ class IntProducts(nn.Module):
         if any(codes is not None and not codes.placeholder for codes in (left, right)):
             x, y = x.double(), y.double()
         y = y.transpose(-2, -1) if turn else y
-        on_integers = left is not None and right is not None and left.integer and right.integer
-        if self.reproducible and on_integers and not self.placeholder:
-            return scaled(x @ y, left.scale, right.scale)
+        scales = [codes.scale for codes in (left, right) if codes is not None and codes.integer]
+        if self.reproducible and len(scales) == 2 and not self.placeholder:
+            return scaled(x @ y, *scales)
         return times(x @ y, x_factor * y_factor).to(a.dtype)
 
     def forward(

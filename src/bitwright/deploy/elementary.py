@@ -10,7 +10,7 @@ from bitwright.deploy.integer import InputCodes
 from bitwright.deploy.streams import Body
 from bitwright.kernels.reproducible import EXP_UNITS, GELU_COUNT, GELU_STEP, GELU_ZERO, SCORE_GRID, gelu_table
 
-NORM, SOFTMAX, GELU, GELU_CODES = "Norm", "Softmax", "Gelu", "GeluCodes"
+NORM, POOL, SOFTMAX, GELU, GELU_CODES = "Norm", "Pool", "Softmax", "Gelu", "GeluCodes"
 
 
 def norm_function() -> onnx.FunctionProto:
@@ -27,13 +27,23 @@ def norm_function() -> onnx.FunctionProto:
     return body.function(NORM, ["x", "gain", "shift", "eps"])
 
 
+def pool_function() -> onnx.FunctionProto:
+    """x (N, C, H, W): the mean over rows and columns, (N, C, 1, 1)."""
+    body = Body()
+    mean = body.add(
+        "ReduceMean", body.add("Cast", "x", to=TensorProto.DOUBLE), body.constant(np.array([2, 3], np.int64))
+    )
+    body.add("Cast", mean, to=TensorProto.FLOAT)
+    return body.function(POOL, ["x"])
+
+
 def softmax_function() -> onnx.FunctionProto:
     """x (..., n): softmax over the last axis."""
     body = Body()
     axis = body.constant(np.array([-1], np.int64))
-    x = body.add("Add", "x", body.constant(np.float32(SCORE_GRID)))
+    x = body.add("Add", "x", body.constant(np.array(SCORE_GRID, np.float32)))
     below = body.add("Sub", x, body.add("ReduceMax", x, axis))
-    units = body.add("Mul", body.add("Exp", below), body.constant(np.float32(EXP_UNITS)))
+    units = body.add("Mul", body.add("Exp", below), body.constant(np.array(EXP_UNITS, np.float32)))
     units = body.add("Round", units)
     body.add("Div", units, body.add("ReduceSum", units, axis))
     return body.function(SOFTMAX, ["x"])
@@ -41,7 +51,7 @@ def softmax_function() -> onnx.FunctionProto:
 
 def place(body: Body) -> tuple[str, list[str]]:
     """(which of GELU's inputs x is, uint16; step and zero point)."""
-    grid = [body.constant(np.float32(GELU_STEP)), body.constant(np.uint16(GELU_ZERO))]
+    grid = [body.constant(np.array(GELU_STEP, np.float32)), body.constant(np.array(GELU_ZERO, np.uint16))]
     return body.add("QuantizeLinear", "x", *grid), grid
 
 
@@ -74,6 +84,7 @@ def gelu_codes_function() -> onnx.FunctionProto:
 
 FUNCTIONS = {
     NORM: norm_function,
+    POOL: pool_function,
     SOFTMAX: softmax_function,
     GELU: gelu_function,
     GELU_CODES: gelu_codes_function,

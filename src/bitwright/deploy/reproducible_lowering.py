@@ -9,15 +9,24 @@ from torch import Tensor, nn
 
 from bitwright.deploy.builder import QUANTIZER, container_zero
 from bitwright.deploy.compact_lowering import CompactLowering
-from bitwright.deploy.elementary import FUNCTIONS, GELU, GELU_CODES, NORM, SOFTMAX, gelu_runs
+from bitwright.deploy.elementary import FUNCTIONS, GELU, GELU_CODES, NORM, POOL, SOFTMAX, gelu_runs
 from bitwright.deploy.integer import DOMAIN, InputCodes, symbol
-from bitwright.layers.reproducible import Reproducible, ReproducibleLayerNorm
+from bitwright.layers.reproducible import (
+    Reproducible,
+    ReproducibleGELU,
+    ReproducibleLayerNorm,
+    ReproducibleLayerNorm2d,
+    ReproduciblePool,
+)
+
+KINDS = {ReproducibleLayerNorm: NORM, ReproducibleLayerNorm2d: NORM, ReproducibleGELU: GELU, ReproduciblePool: POOL}
 
 
 def stand_for(module: Any, x: Tensor) -> Tensor:
-    """The node that stands for a norm or a GELU in an exported graph."""
-    kind = NORM if isinstance(module, ReproducibleLayerNorm) else GELU
-    return symbol(kind, x, x.shape, x.dtype, {"name": module.name})
+    """The node that stands for a norm, a GELU or a pooling in an exported graph."""
+    kind = KINDS[type(module)]
+    shape = (*x.shape[:2], 1, 1) if kind == POOL else x.shape
+    return symbol(kind, x, shape, x.dtype, {"name": module.name})
 
 
 @dataclass
@@ -41,8 +50,8 @@ class ReproducibleLowering(CompactLowering):
         if node.op_type == NORM:
             name = next(helper.get_attribute_value(a) for a in node.attribute if a.name == "name").decode()
             self.norm(self.norms[name], x, y)
-        elif node.op_type == SOFTMAX:
-            self.call_of(SOFTMAX, [x], y)
+        elif node.op_type in (SOFTMAX, POOL):
+            self.call_of(node.op_type, [x], y)
         elif node.op_type == GELU:
             self.call_of(GELU, [x], y)
             if y in self.read_once:

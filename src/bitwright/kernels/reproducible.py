@@ -31,6 +31,11 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y if bias is None else y + bias
 
 
+def pooled(x: Tensor) -> Tensor:
+    """The mean of (N, C, H, W) float32 over rows and columns, (N, C, 1, 1)."""
+    return x.double().mean((-2, -1), True).float()
+
+
 def softmax(x: Tensor) -> Tensor:
     """Softmax over the last axis, float32; scores count in steps of 2^-11, exponentials in 4,255ths of the largest.
 

@@ -43,15 +43,12 @@ def scaled_dot_product(
         The output (..., tokens, d) and the probabilities (..., tokens_q, tokens_k) before quantization.
     """
     # Scaling q before it is quantized leaves the product a plain matmul of two quantized tensors.
-    q = apply(quantizers.get("query_quantizer"), q * (1.0 / math.sqrt(q.shape[-1])) if scaled else q)
-    k = apply(quantizers.get("key_quantizer"), k)
-    v = apply(quantizers.get("value_quantizer"), v)
+    query, key, value, attention = (quantizers.get(slot) for slot in PRODUCT_SLOTS)
+    q = apply(query, q * (1.0 / math.sqrt(q.shape[-1])) if scaled else q)
+    k = apply(key, k)
+    v = apply(value, v)
     reproducible = reproducible and evaluates(q)
-    scores = (
-        whole_product(q, quantizers.get("query_quantizer"), k, quantizers.get("key_quantizer"))
-        if reproducible
-        else None
-    )
+    scores = whole_product(q, query, k, key) if reproducible else None
     if scores is None:
         with keep_sources(q, k):
             scores = q @ k.transpose(-2, -1)
@@ -59,12 +56,11 @@ def scaled_dot_product(
         scores = scores + mask
     probabilities = softmax(scores) if reproducible else scores.softmax(-1)
     # Dropout after quantization: its factor 1 / (1 - p) would otherwise reach beyond the calibrated range.
-    weights = apply(quantizers.get("attention_quantizer"), probabilities)
+    weights = apply(attention, probabilities)
     if dropout:
         weights = F.dropout(weights, dropout)
     if reproducible:
-        turned = v.transpose(-2, -1)
-        out = whole_product(weights, quantizers.get("attention_quantizer"), turned, quantizers.get("value_quantizer"))
+        out = whole_product(weights, attention, v.transpose(-2, -1), value)
         if out is not None:
             return out, probabilities
     with keep_sources(weights, v):

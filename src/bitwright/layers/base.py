@@ -11,8 +11,8 @@ class QuantLayer(nn.Module):
     """Mixin of quantized layers. A slot holds a `Quantizer` or None (that tensor stays float).
 
     `reads` names the children whose weights the float class uses without calling them; the quantized class calls
-    them, so `prepare` swaps the layer whenever it swaps such a child. `reproducible`: whether evaluation computes as the
-    deployed network does, to the last bit (`bitwright.layers.reproducible`).
+    them, so `prepare` swaps the layer whenever it swaps such a child. `reproducible`: whether evaluation computes as
+    the deployed network does, to the last bit (`bitwright.layers.reproducible`).
     """
 
     reproducible = False

@@ -57,12 +57,25 @@ class ReproducibleGELU(Reproducible, QuantGELU):
         return kernels.gelu(input)
 
 
+class ReproduciblePool(Reproducible, nn.AdaptiveAvgPool2d):
+    """`nn.AdaptiveAvgPool2d(1)`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.symbol is not None:
+            return self.symbol(self, input)
+        if self.training or not evaluates(input):
+            return super().forward(input)
+        return kernels.pooled(input)
+
+
 def reproducible_class(module: nn.Module) -> type[Any] | None:
     """The class that `module` becomes, or None."""
     kind = type(module)
     ours = kind.__module__.startswith(("torch.nn.", "timm.layers.", "torchvision."))
     if isinstance(module, nn.LayerNorm) and ours and len(module.normalized_shape) == 1:
         return {"LayerNorm": ReproducibleLayerNorm, "LayerNorm2d": ReproducibleLayerNorm2d}.get(kind.__name__)
+    if kind is nn.AdaptiveAvgPool2d:
+        return ReproduciblePool if module.output_size in (1, (1, 1)) else None
     return ReproducibleGELU if kind in (nn.GELU, QuantGELU) and module.approximate == "none" else None  # pyright: ignore
 
 
@@ -73,8 +86,9 @@ def make_reproducible(model: nn.Module) -> nn.Module:
     onnxruntime; in return the file is slower. Training does not change, nor does an evaluation that records gradients.
     Call it before weights are loaded or after, and before the evaluation that counts.
 
-    Layers: `nn.LayerNorm` (also timm's and torchvision's, over channels too), `nn.GELU`, attention that `prepare`
-    quantizes, convolutions and linear layers. Functions that a model's own forward calls, and pooling, stay as they are.
+    Layers: `nn.LayerNorm` (also timm's and torchvision's, over channels too), `nn.GELU`, `nn.AdaptiveAvgPool2d(1)`,
+    and the attention, convolutions and linear layers that `prepare` quantizes. Functions that a model's own forward
+    calls stay as they are.
 
     Args:
         model: prepared.

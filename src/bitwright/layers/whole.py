@@ -52,7 +52,7 @@ def whole_weight(quantizer: Quantizer | None, weight: Tensor) -> Whole | None:
 def whole_linear(
     x: Tensor, quantizer: nn.Module | None, weight: Tensor, weight_quantizer: Quantizer | None, bias: Tensor | None
 ) -> Tensor | None:
-    """A linear layer of `x`, (..., in), quantized already, and float `weight`, (out, in); None where not on integers."""
+    """A linear layer of quantized `x`, (..., in), and float `weight`, (out, in); None where it is not on integers."""
     left, right = whole_input(quantizer, x), whole_weight(weight_quantizer, weight)
     if left is None or right is None:
         return None
