@@ -8,6 +8,8 @@ an undecided network has more near-ties, so this is the harder case. Finished ru
 
 `differ_frozen`, `differ_file`: images on which the training form's prediction is not the frozen form's, and not the
 file's. `float32_near_ties`: images that the training form decides otherwise in float32 than in float64, which counts.
+`codes_differ`: of all quantizers' codes for these images (`codes`), those that differ between training and frozen form,
+and between that and the file. `reproducible` networks: see `bitwright.make_reproducible`.
 """
 
 import argparse
@@ -26,13 +28,15 @@ NETS = {
     "VGG-small": {"name": "vgg_small", "options": {"width": 32}},
     "MobileNetV2 x0.35": {"name": "torchvision/mobilenet_v2", "options": {"width_mult": 0.35}},
     "ViT-tiny": {"name": "timm/vit_tiny_patch16_224", "options": VIT},
+    "ViT-tiny reproducible": {"name": "timm/vit_tiny_patch16_224", "options": VIT},
 }
 # Epochs of the float partner and of each quantized network: about two minutes a row on one core.
-EPOCHS = {"ResNet-20": (3, 1), "VGG-small": (4, 2), "MobileNetV2 x0.35": (8, 2), "ViT-tiny": (6, 1)}
+EPOCHS = {"ResNet-20": (3, 1), "VGG-small": (4, 2), "MobileNetV2 x0.35": (8, 2)}
+EPOCHS |= dict.fromkeys(("ViT-tiny", "ViT-tiny reproducible"), (6, 1))
 BITS = ("w8a8", "w4a4", "w3a3", "w2a2")
 MIX = "AdaQAT mix"
 FIELDS = ["network", "bits", "accuracy", "images", "float32_near_ties", "differ_frozen", "differ_file", "verified"]
-FIELDS += ["integer_kernels", "float_kernels", "size_bytes"]
+FIELDS += ["integer_kernels", "float_kernels", "size_bytes", "codes", "codes_differ"]
 
 
 def recipe(net: str, bits: str, subset: int) -> dict:
@@ -53,6 +57,7 @@ def recipe(net: str, bits: str, subset: int) -> dict:
         "amp": "none" if "mobilenet" in NETS[net]["name"] else "bf16",  # depth-wise convolutions are slower in bf16
         "threads": 1,
         "channels_last": not transformer,
+        "reproducible": net.endswith("reproducible"),
     }
     if bits == MIX:
         learned = {
@@ -92,6 +97,7 @@ def measure(net: str, bits: str, args: argparse.Namespace) -> dict:
         raise SystemExit(f"{net} {bits}: {done.stderr.strip()}")
     done = bitwright("verify", str(run), str(model), "--images", str(args.images), "--json")
     report = json.loads(done.stdout)
+    codes = [row for row in report["layers"] if row["what"] != "weight"]
     kernels = json.loads(bitwright("bench", str(run), str(model), "--json", "--runs", "2").stdout)
     return {
         "network": net,
@@ -105,6 +111,8 @@ def measure(net: str, bits: str, args: argparse.Namespace) -> dict:
         "integer_kernels": sum(kernels["integer_kernels"].values()),
         "float_kernels": sum(kernels["float_kernels"].values()),
         "size_bytes": model.stat().st_size,
+        "codes": sum(row["values"] for row in codes),
+        "codes_differ": sum(row["different_frozen"] + row["different_file"] for row in codes),
     }
 
 

@@ -7,6 +7,7 @@ from bitwright.calibrate import calibrate
 from bitwright.compiled import compile_model
 from bitwright.coverage import Coverage, coverage
 from bitwright.errors import BitwrightError
+from bitwright.layers.reproducible import make_reproducible
 from bitwright.methods import (
     AMED,
     BWRF,
@@ -65,6 +66,7 @@ __all__ = [
     "export",
     "freeze",
     "load_packed",
+    "make_reproducible",
     "prepare",
     "quant_layers",
     "quantizers",

@@ -37,6 +37,32 @@ def swin() -> nn.Module:
     return import_torchvision().models.SwinTransformer([4, 4], 16, [2], [2], [4, 4], num_classes=10)
 
 
+def convnext() -> nn.Module:
+    models = import_torchvision().models
+    settings = [models.convnext.CNBlockConfig(16, 32, 1), models.convnext.CNBlockConfig(32, None, 1)]
+    return models.ConvNeXt(settings, layer_scale=0.1, num_classes=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [torchvision_vit, timm_vit, swin, convnext])
+def test_reproducible_to_the_last_bit(make, tmp_path):
+    images = torch.randn(16, 3, 64, 64)
+    model = make().eval()
+    bw.prepare(model, bw.rules("w8a8") + bw.topology(model, images))
+    bw.calibrate(bw.make_reproducible(model), [images])
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.train()(images).square().mean().backward()
+        optimizer.step()
+    snap_biases(model.eval(), images[:2])
+    path = tmp_path / "net.onnx"
+    export(model, path, images[:2])
+    report = verify(model, path, torch.randn(32, 3, 64, 64).split(16))
+    assert sum(row["different_frozen"] + row["different_file"] for row in report.rows()) == 0
+    assert report.logit_difference == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [resnet18, mobilenet, torchvision_vit, timm_vit, swin])
 def test_from_prepare_to_verify(make, tmp_path):

@@ -154,3 +154,42 @@ def test_a_file_of_a_snapped_network_is_smaller(tmp_path):
     for target, size in before.items():
         smaller = export(model, tmp_path / target, x, target=target).size_bytes
         assert smaller < size - 512
+
+
+class Tokens(nn.Module):
+    """A table of positions, a norm that a quantizer reads and one that a sum reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(1, 40, 24))
+        self.first, self.norm, self.fc = nn.Linear(8, 24), nn.LayerNorm(24), nn.Linear(24, 24)
+        self.last, self.head = nn.LayerNorm(24), nn.Linear(24, 4)
+
+    def forward(self, x):
+        x = self.first(x) + self.positions
+        return self.head((x + self.last(self.fc(self.norm(x)))).mean(1))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_norms_and_tables_are_as_fine_as_what_reads_them(bits, tmp_path):
+    torch.manual_seed(bits)
+    model, x = Tokens().eval(), torch.randn(32, 40, 8)
+    for parameter in (*model.norm.parameters(), *model.last.parameters()):
+        nn.init.normal_(parameter, 1.0, 0.3)
+    bw.prepare(model, bw.rules(f"w{bits}a{bits}", ends=None))
+    bw.calibrate(model, [x]).eval()
+    before = copy.deepcopy(model)
+    snap_biases(model, x[:2])
+    width = lambda t: fixed(t.detach().numpy().reshape(-1)).about[1]  # noqa: E731
+    assert width(model.norm.weight) <= significant_bits(bits)
+    assert width(model.positions) <= significant_bits(bits) + 1  # and a sign
+    assert significant_bits(bits) + 1 < width(model.last.weight) <= 17
+    step = float(model.fc.input_quantizer.affine().scale)
+    assert (model.norm.bias - before.norm.bias).abs().max() <= step / 64
+    size = export(model, tmp_path / "net.onnx", x[:2]).size_bytes
+    assert size < export(before, tmp_path / "net.onnx", x[:2]).size_bytes - 40 * 24 // 2
+    snap_biases(model, x[:2])
+    export(model, tmp_path / "net.onnx", x[:2])
+    assert verify(model, tmp_path / "net.onnx", [x]).ok
+    constants = {tuple(t.dims) for t in read(tmp_path / "net.onnx").graph.initializer if t.data_type == 1}
+    assert (1, 40, 24) not in constants

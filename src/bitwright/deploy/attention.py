@@ -5,15 +5,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitwright.deploy.integer import InputCodes, IntLinear, operand, times
+from bitwright.deploy.elementary import SOFTMAX
+from bitwright.deploy.integer import KEEP, InputCodes, IntLinear, operand, symbol, times
+from bitwright.kernels.reproducible import scaled, softmax
 from bitwright.layers.attention import PRODUCT_SLOTS, merge_masks
 
 
 class IntProducts(nn.Module):
-    """softmax(q k^T / sqrt(d)) v with exact products; slots as in `bitwright.layers.attention`."""
+    """softmax(q k^T / sqrt(d)) v with exact products; slots as in `bitwright.layers.attention`.
 
-    def __init__(self, slots: dict[str, InputCodes | None]):
+    reproducible: as there. placeholder: softmax and the second product leave a node each in an exported graph.
+    """
+
+    def __init__(self, slots: dict[str, InputCodes | None], reproducible: bool = False):
         super().__init__()
+        self.reproducible, self.placeholder = reproducible, False
         for slot in PRODUCT_SLOTS:
             self.register_module(slot, slots[slot])
 
@@ -23,6 +29,9 @@ class IntProducts(nn.Module):
         if any(codes is not None and not codes.placeholder for codes in (left, right)):
             x, y = x.double(), y.double()
         y = y.transpose(-2, -1) if turn else y
+        scales = [codes.scale for codes in (left, right) if codes is not None and codes.integer]
+        if self.reproducible and len(scales) == 2 and not self.placeholder:
+            return scaled(x @ y, *scales)
         return times(x @ y, x_factor * y_factor).to(a.dtype)
 
     def forward(
@@ -34,8 +43,17 @@ class IntProducts(nn.Module):
         """
         query, key, value, attention = (getattr(self, slot) for slot in PRODUCT_SLOTS)
         scores = self.product(query, q * (1.0 / math.sqrt(q.shape[-1])) if scaled else q, key, k, True)
-        probabilities = (scores if mask is None else scores + mask).softmax(-1)
-        return self.product(attention, probabilities, value, v, False), probabilities
+        scores = scores if mask is None else scores + mask
+        if not self.reproducible:
+            probabilities = scores.softmax(-1)
+        elif self.placeholder:
+            probabilities = symbol(SOFTMAX, scores, scores.shape, scores.dtype, {})
+        else:
+            probabilities = softmax(scores)
+        out = self.product(attention, probabilities, value, v, False)
+        if self.reproducible and self.placeholder:
+            out = symbol(KEEP, out, out.shape, out.dtype, {})
+        return out, probabilities
 
 
 class IntMultiheadAttention(nn.Module):

@@ -31,14 +31,20 @@ class Clipping:
     high: float
 
 
+def read_once(graph: GraphProto) -> set[str]:
+    """Names of the tensors that one node alone reads, or that are the output and nothing else."""
+    readers = Counter(name for node in graph.node for name in node.input)
+    readers.update(value.name for value in graph.output)
+    return {name for name, count in readers.items() if count == 1}
+
+
 def clippings(graph: GraphProto) -> dict[str, Clipping]:
     """Relus and Clips with constant bounds that one node alone reads, by output."""
     constants = {t.name: t for t in graph.initializer}
-    readers = Counter(name for node in graph.node for name in node.input)
-    readers.update(value.name for value in graph.output)
+    once = read_once(graph)
     found = {}
     for node in graph.node:
-        if node.op_type not in ("Relu", "Clip") or readers[node.output[0]] != 1:
+        if node.op_type not in ("Relu", "Clip") or node.output[0] not in once:
             continue
         low, high = (0.0, np.inf) if node.op_type == "Relu" else (-np.inf, np.inf)
         bounds = [*node.input[1:], "", ""][:2]
@@ -55,10 +61,12 @@ def clippings(graph: GraphProto) -> dict[str, Clipping]:
 class GraphBuilder:
     """Nodes and initializers so far.
 
-    clippings: of the exported graph. absorbed: outputs of those that became bounds of codes.
+    clippings: of the exported graph. absorbed: outputs of nodes that became part of a quantizer: these as bounds of its
+    codes. read_once: names of the exported graph, see there.
     """
 
     clippings: dict[str, Clipping] = field(default_factory=dict)
+    read_once: set[str] = field(default_factory=set)
     absorbed: set[str] = field(default_factory=set)
     nodes: list[NodeProto] = field(default_factory=list)
     initializers: dict[str, TensorProto] = field(default_factory=dict)

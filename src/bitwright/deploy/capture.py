@@ -144,6 +144,14 @@ def surroundings(graph: Captured) -> dict[str, Surroundings]:
     return found
 
 
+def norm_readers(graph: Captured) -> dict[str, tuple[str, ...]]:
+    """The quantizers that read each layer norm which runs once, as `readers` finds them, by the norm's name."""
+    modules = dict(graph.twin.named_modules())
+    nodes = [n for n in graph.program.graph.nodes if n.target is ATEN.layer_norm.default]
+    calls = Counter(owner_of(n) for n in nodes)
+    return {owner_of(n): tuple(readers(n, modules)) for n in nodes if calls[owner_of(n)] == 1}
+
+
 @dataclass(frozen=True)
 class Requantized:
     """A quantizer that reads what others wrote: one value on their grid, or the sum of two. Names of quantizers."""

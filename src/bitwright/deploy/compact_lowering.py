@@ -37,10 +37,18 @@ class CompactLowering(SplitLowering):
         return super().vector(name, values)
 
     def parameter(self, tensor: TensorProto) -> None:
-        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 1:
+        if tensor.data_type != TensorProto.FLOAT or not tensor.dims:
             super().parameter(tensor)
-        elif self.vector(tensor.name, numpy_helper.to_array(tensor)) not in self.made:
-            self.initializers[tensor.name] = tensor
+            return
+        name, values = tensor.name, numpy_helper.to_array(tensor)
+        line = name if values.ndim == 1 else f"{name}.line"
+        if self.vector(line, values.reshape(-1)) not in self.made:
+            self.initializers.pop(line, None)
+            self.initializers[name] = tensor
+        elif line != name:
+            shape = f"shape_{'x'.join(map(str, values.shape))}"
+            self.initializers[shape] = varints(shape, values.shape)
+            self.node("Reshape", [line, shape], name)
 
     def integers(self, name: str, numbers: np.ndarray) -> str:
         found, plain = whole(numbers), (2 if np.abs(numbers).max() < 2**15 else 4) * numbers.size

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from bitwright.deploy.files import ExportReport
 from bitwright.deploy.targets import EXPORT
 from bitwright.errors import BitwrightError
+from bitwright.layers.reproducible import is_reproducible
 
 
 def export(model: nn.Module, path: str | Path, example: Tensor, *, target: str = "onnx") -> ExportReport:
@@ -29,4 +30,6 @@ def export(model: nn.Module, path: str | Path, example: Tensor, *, target: str =
     """
     if target not in EXPORT:
         raise BitwrightError(f"target {target!r} is not accepted; use {' or '.join(EXPORT)}")
+    if target != "onnx" and is_reproducible(model):
+        raise BitwrightError(f"target {target!r} has no reproducible arithmetic; use target onnx, or train without it")
     return EXPORT[target](model, Path(path), example)

@@ -182,6 +182,7 @@ def frozen_weight_layer(layer: QuantLayer, name: str, plan: Plan, make: Callable
     weight, bias, bias_codes = weight_and_bias(layer, name, plan, codes)
     made = make(name=name, weight=weight, bias=bias, bias_codes=bias_codes, input_quantizer=codes)
     made.late_bias = plan.integer_bias and bias_codes is None
+    made.reproducible = layer.reproducible
     return made
 
 
@@ -198,7 +199,8 @@ def frozen_layer(layer: QuantLayer, name: str, plan: Plan) -> nn.Module:
     if isinstance(layer, QuantAdd):
         return IntAdd(*(input_codes(layer, slot, name) for slot in layer.input_slots))
     if isinstance(layer, QuantAttentionBase):
-        products = IntProducts({slot: input_codes(layer, slot, name) for slot in PRODUCT_SLOTS})
+        slots = {slot: input_codes(layer, slot, name) for slot in PRODUCT_SLOTS}
+        products = IntProducts(slots, layer.reproducible)
         if isinstance(layer, QuantMultiheadAttention):
             return frozen_multihead(layer, name, products)
         if hasattr(layer, "attend"):
@@ -215,6 +217,7 @@ def frozen_multihead(layer: QuantMultiheadAttention, name: str, products: IntPro
     if layer.weight_quantizer is not None:
         weight = folded_weight(integer_weight(layer.weight_quantizer, raw, name), None)
     in_proj = IntLinear(name, weight, None if bias is None else bias.detach(), input_quantizer=codes)
+    in_proj.reproducible = layer.reproducible
     return IntMultiheadAttention(layer, in_proj, products, layer.out_proj)
 
 

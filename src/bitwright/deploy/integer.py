@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from bitwright.deploy.fold import Weight, along_first, magnitudes
 from bitwright.grids import Affine
+from bitwright.kernels.reproducible import scaled
 from bitwright.layers.conv import same_padding
 
 DOMAIN = "bitwright"
+KEEP = "Keep"  # what stands for a product that is rounded to float32 before anything reads it
 
 
 # Numbers placeholders: the exporter merges equal nodes, and then a module's second call would have no codes of its own.
@@ -127,6 +129,7 @@ class IntLayer(nn.Module):
         weight_codes: int8 or int16, weight_scale: float32; or weight_float alone, where the weight is not quantized.
         bias: float32 (channels,), or None; with bias_codes (int64 on the grid input scale * weight_scale) it is
             their value, and the codes are what is added.
+        reproducible: whether products are scaled as runtimes scale them (`bitwright.layers.reproducible`).
         late_bias: a runtime that merges the layer with the quantizer behind it must not round the bias.
     """
 
@@ -152,7 +155,7 @@ class IntLayer(nn.Module):
             self.__dict__["input_quantizer"] = input_quantizer
         else:
             self.input_quantizer = input_quantizer
-        self.late_bias = False
+        self.late_bias, self.reproducible = False, False
         self.packed = weight if isinstance(weight, Weight) else None
         self.bits = self.packed.bits if self.packed else 32
         self.register_buffer("weight_codes", self.packed.numbers if self.packed else None)
@@ -264,7 +267,10 @@ class IntLinear(IntLayer):
         if self.placeholder:
             return self.symbol(x, (*x.shape[:-1], self.numbers.shape[0]), x.dtype)
         numbers, weight, factor = self.operands(x)
-        return self.scaled(F.linear(numbers, weight).double(), factor, 0, x.dtype)
+        sums = F.linear(numbers, weight)
+        if self.reproducible and self.integer and self.input_quantizer is not None and self.weight_scale is not None:
+            return scaled(sums, self.input_quantizer.scale, self.weight_scale, self.bias)
+        return self.scaled(sums.double(), factor, 0, x.dtype)
 
 
 class IntEmbedding(IntLayer):

@@ -14,8 +14,8 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 from torch import nn
 
-from bitwright.deploy.builder import GraphBuilder, clippings
-from bitwright.deploy.integer import DOMAIN, InputCodes, IntConv, IntEmbedding, IntLayer, IntLinear
+from bitwright.deploy.builder import GraphBuilder, clippings, read_once
+from bitwright.deploy.integer import DOMAIN, KEEP, InputCodes, IntConv, IntEmbedding, IntLayer, IntLinear
 from bitwright.deploy.packing import (
     BIAS,
     OPSET,
@@ -53,6 +53,11 @@ class Lowering(GraphBuilder):
     functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
     files: dict[str, LayerFile] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
+
+    def look_at(self, frozen: nn.Module) -> None:
+        """Note the layers of the network whose placeholders are replaced."""
+        self.layers = {m.name: m for m in frozen.modules() if isinstance(m, IntLayer)}
+        self.quantizers = {m.name: m for m in frozen.modules() if isinstance(m, InputCodes)}
 
     def unpacked(self, layer: IntLayer, transpose: bool) -> str:
         """The integer weight (FLOAT where it does not fit INT8), stored at its own width; made once per layer."""
@@ -182,11 +187,17 @@ class Lowering(GraphBuilder):
         if layer.input_quantizer is not None:
             x = self.quantized(layer.input_quantizer, x, integer=layer.integer)
         weight = self.weight(layer, transpose=True)
-        last = f"{at}.sum" if layer.bias is not None else y
+        last = f"{at}.sum" if layer.bias is not None or layer.reproducible else y
         self.nodes.append(helper.make_node("MatMul", [x, weight], [last], name=at))
         if layer.bias is not None:
             bias = self.vector(f"{layer.name}.negative_bias", -layer.bias.numpy())
             self.nodes.append(helper.make_node("Sub", [last, bias], [y]))
+        elif layer.reproducible:
+            self.kept(last, y)
+
+    def kept(self, x: str, y: str) -> None:
+        """`y` = `x`, rounded to float32: a product is not merged with a quantizer behind it, which would round once."""
+        self.nodes.append(helper.make_node("Sum", [x], [y]))
 
     def embedding(self, layer: IntEmbedding, at: str, x: str, y: str) -> None:
         """Rows of codes are gathered before they are scaled: the table stays packed integers in memory."""
@@ -205,11 +216,14 @@ class Lowering(GraphBuilder):
     def replace(self, node: NodeProto) -> None:
         """Append what a placeholder stands for."""
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        name = attributes["name"].decode()
+        name = attributes.get("name", b"").decode()
         x, y = node.input[0], node.output[0]
         if node.op_type == "Quantize":
             self.quantized(self.quantizers[name], x)
             self.nodes[-1].output[0] = y
+            return
+        if node.op_type == KEEP:
+            self.kept(x, y)
             return
         layer = self.layers[name]
         at = self.call(name)
@@ -233,9 +247,8 @@ def lower(
         frozen: the frozen form that was exported.
         kind: what placeholders become; a target with operators of its own overrides some of `Lowering`.
     """
-    layers = {m.name: m for m in frozen.modules() if isinstance(m, IntLayer)}
-    codes = {m.name: m for m in frozen.modules() if isinstance(m, InputCodes)}
-    work = kind(clippings=clippings(model.graph), layers=layers, quantizers=codes)
+    work = kind(clippings=clippings(model.graph), read_once=read_once(model.graph))
+    work.look_at(frozen)
     used = {name for node in model.graph.node for name in node.input}
     for tensor in model.graph.initializer:
         if tensor.name in used:
@@ -264,12 +277,24 @@ def lower(
     opsets += [helper.make_opsetid(DOMAIN, 1)] if work.functions else []
     out = helper.make_model(
         graph,
-        functions=list(work.functions.values()),
+        functions=called(nodes, work.functions),
         opset_imports=opsets,
         ir_version=model.ir_version,
         producer_name=DOMAIN,
     )
     return out, list(work.files.values())
+
+
+def called(nodes: list[NodeProto], functions: dict[str, onnx.FunctionProto]) -> list[onnx.FunctionProto]:
+    """Those of `functions` that nodes call, or functions that they call."""
+    found: set[str] = set()
+    pending = [node.op_type for node in nodes if node.domain == DOMAIN]
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found.add(name)
+            pending += [node.op_type for node in functions[name].node if node.domain == DOMAIN]
+    return [function for name, function in functions.items() if name in found]
 
 
 def shorten(nodes: list[NodeProto], initializers: list[TensorProto]) -> None:

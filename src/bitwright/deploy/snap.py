@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.deploy.capture import captured
+from bitwright.deploy.capture import Captured, captured, norm_readers
 from bitwright.deploy.fold import folded_bias, norm_affine
 from bitwright.deploy.freeze import Plan, check_ready, input_codes, layer_plans, weight_and_bias
 from bitwright.deploy.integer import InputCodes
 from bitwright.deploy.margins import exact_scales
 from bitwright.deploy.significant import (
+    MOST,
     MOST_TOGETHER,
     bias_bits,
     on_steps,
@@ -22,7 +23,7 @@ from bitwright.deploy.significant import (
 from bitwright.deploy.ties import part_ties
 from bitwright.grids.lsq import LSQ
 from bitwright.layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLinear
-from bitwright.prepare import quant_layers
+from bitwright.prepare import quant_layers, quantizers
 
 
 @torch.no_grad()
@@ -62,11 +63,38 @@ def snap_biases(model: nn.Module, example: Tensor) -> int:
             surrounded = Surrounded(layer, name, plans.get(name, Plan(None)), codes)
             surrounded.shorten_scales()
             count += surrounded.shorten_bias()
-    for norm in model.modules():
-        if isinstance(norm, nn.LayerNorm):
-            for parameter in norm.parameters(recurse=False):
-                parameter.copy_(rounded_together(parameter, MOST_TOGETHER))
+    shorten_norms(model, graph)
+    shorten_tables(model)
     return count
+
+
+def shorten_norms(model: nn.Module, graph: Captured) -> None:
+    """Give layer norms short gains and shifts: as fine as the quantizers behind them read, or `MOST_TOGETHER` bits."""
+    modules, found = dict(model.named_modules()), norm_readers(graph)
+    for name, norm in modules.items():
+        if not isinstance(norm, nn.LayerNorm):
+            continue
+        parts = [quantizer.rpartition(".") for quantizer in found.get(name, ())]
+        codes = [input_codes(modules[layer], slot, layer) for layer, _, slot in parts]
+        known = [c for c in codes if c is not None and c.per_tensor]
+        bits = significant_bits(max(c.bits for c in known)) if known else MOST_TOGETHER
+        if norm.weight is not None:
+            norm.weight.copy_(rounded_together(norm.weight, bits))
+        if norm.bias is not None:
+            step = min((float(c.scale) for c in known), default=None)
+            norm.bias.copy_(rounded_together(norm.bias, bits) if step is None else on_steps(norm.bias, step))
+
+
+def shorten_tables(model: nn.Module) -> None:
+    """Give tables that no layer owns, (1, n, features): positions and class tokens, numbers of few bits.
+
+    As many as a scale in front of the finest input has.
+    """
+    bits = max((int(q.bits) for q in quantizers(model).values() if q.shape.role == "input"), default=MOST)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim == 3 and len(parameter) == 1 and any(module.children()):
+                parameter.copy_(rounded_together(parameter, significant_bits(bits)))
 
 
 @dataclass(frozen=True)
@@ -118,7 +146,9 @@ class Surrounded:
             return 0
         if bias_codes is None or self.codes is None:
             steps = [float(c.scale.min()) for c in self.plan.readers]
-            target = on_steps(before, min(steps)) if steps else rounded_together(before, bias_bits(self.bits))
+            # What leaves a linear layer is scaled, summed or normalised before it is quantized; a bias is no finer.
+            bits = significant_bits(self.bits) if isinstance(self.layer, QuantLinear) else bias_bits(self.bits)
+            target = on_steps(before, min(steps)) if steps else rounded_together(before, bits)
         else:
             constant = (weight.numbers.flatten(1) == 0).all(1)
             scale = torch.where(constant, rounded(weight.scale, significant_bits(self.bits)), weight.scale.double())

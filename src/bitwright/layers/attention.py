@@ -1,6 +1,7 @@
 """Quantized attention: the projections and both products."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,9 @@ from bitwright.errors import BitwrightError
 from bitwright.grids import Shape
 from bitwright.kernels import keep_sources
 from bitwright.kernels.product import linear
+from bitwright.kernels.reproducible import softmax
 from bitwright.layers.base import QuantLayer, apply
+from bitwright.layers.whole import evaluates, whole_linear, whole_product
 from bitwright.quantizer import Quantizer
 
 PRODUCT_SLOTS = ("query_quantizer", "key_quantizer", "value_quantizer", "attention_quantizer")
@@ -24,6 +27,7 @@ def scaled_dot_product(
     mask: Tensor | None = None,
     dropout: float = 0.0,
     scaled: bool = True,
+    reproducible: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(d)) v with all four operands of the two products quantized.
 
@@ -33,23 +37,32 @@ def scaled_dot_product(
         mask: additive float mask broadcastable to (..., tokens_q, tokens_k), or None.
         dropout: probability of dropping attention weights (0 outside training).
         scaled: False leaves out the factor 1/sqrt(d), for callers that have scaled q themselves.
+        reproducible: as the deployed network computes it (`bitwright.kernels.reproducible`), without gradients.
 
     Returns:
         The output (..., tokens, d) and the probabilities (..., tokens_q, tokens_k) before quantization.
     """
     # Scaling q before it is quantized leaves the product a plain matmul of two quantized tensors.
-    q = apply(quantizers.get("query_quantizer"), q * (1.0 / math.sqrt(q.shape[-1])) if scaled else q)
-    k = apply(quantizers.get("key_quantizer"), k)
-    v = apply(quantizers.get("value_quantizer"), v)
-    with keep_sources(q, k):
-        scores = q @ k.transpose(-2, -1)
+    query, key, value, attention = (quantizers.get(slot) for slot in PRODUCT_SLOTS)
+    q = apply(query, q * (1.0 / math.sqrt(q.shape[-1])) if scaled else q)
+    k = apply(key, k)
+    v = apply(value, v)
+    reproducible = reproducible and evaluates(q)
+    scores = whole_product(q, query, k, key) if reproducible else None
+    if scores is None:
+        with keep_sources(q, k):
+            scores = q @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores + mask
-    probabilities = scores.softmax(-1)
+    probabilities = softmax(scores) if reproducible else scores.softmax(-1)
     # Dropout after quantization: its factor 1 / (1 - p) would otherwise reach beyond the calibrated range.
-    weights = apply(quantizers.get("attention_quantizer"), probabilities)
+    weights = apply(attention, probabilities)
     if dropout:
         weights = F.dropout(weights, dropout)
+    if reproducible:
+        out = whole_product(weights, attention, v.transpose(-2, -1), value)
+        if out is not None:
+            return out, probabilities
     with keep_sources(weights, v):
         return weights @ v, probabilities
 
@@ -95,6 +108,24 @@ class QuantMultiheadAttention(QuantAttentionBase, nn.MultiheadAttention):
             return "bias_k/bias_v or add_zero_attn is set"
         return None
 
+    def projections(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        """Query, key and value of one quantized input, or of one each."""
+        weight = apply(self.weight_quantizer, self.in_proj_weight)
+        if len(inputs) == 1:
+            with keep_sources(inputs[0], weight):
+                return linear(inputs[0], weight, self.in_proj_bias).chunk(3, -1)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return [linear(x, w, b) for x, w, b in zip(inputs, weight.chunk(3), biases, strict=True)]
+
+    def whole_projections(self, inputs: list[Tensor]) -> Sequence[Tensor] | None:
+        """The same on integers; None where they are not, or where a gradient is wanted."""
+        if not evaluates(inputs[0], self.in_proj_weight):
+            return None
+        weight = (self.in_proj_weight, self.weight_quantizer, self.in_proj_bias)
+        made = [whole_linear(x, self.input_quantizer, *weight) for x in inputs]
+        parts = [y.chunk(3, -1) for y in made if y is not None]
+        return [parts[i % len(parts)][i] for i in range(3)] if parts else None
+
     def forward(
         self,
         query: Tensor,
@@ -116,15 +147,13 @@ class QuantMultiheadAttention(QuantAttentionBase, nn.MultiheadAttention):
         same = query is key and key is value
         if not self.batch_first and query.ndim == 3:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-        weight = apply(self.weight_quantizer, self.in_proj_weight)
-        if same:
-            x = apply(self.input_quantizer, query)
-            with keep_sources(x, weight):
-                q, k, v = linear(x, weight, self.in_proj_bias).chunk(3, -1)
+        inputs = [apply(self.input_quantizer, t) for t in ((query,) if same else (query, key, value))]
+        reproducible = self.reproducible and not self.training
+        packed = self.whole_projections(inputs) if reproducible else None
+        if packed is not None:
+            q, k, v = packed
         else:
-            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            operands = zip((query, key, value), weight.chunk(3), biases, strict=True)
-            q, k, v = (linear(apply(self.input_quantizer, t), w, b) for t, w, b in operands)
+            q, k, v = self.projections(inputs)
         split = lambda t: t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(-3, -2)  # noqa: E731
         mask = merge_masks(attn_mask, key_padding_mask, self.num_heads, q)
         out, probabilities = scaled_dot_product(
@@ -134,6 +163,7 @@ class QuantMultiheadAttention(QuantAttentionBase, nn.MultiheadAttention):
             self.product_quantizers(),
             mask,
             self.dropout if self.training else 0.0,
+            reproducible=reproducible,
         )
         out = self.out_proj(out.transpose(-3, -2).flatten(-2))
         if not self.batch_first and out.ndim == 3:

@@ -11,9 +11,11 @@ class QuantLayer(nn.Module):
     """Mixin of quantized layers. A slot holds a `Quantizer` or None (that tensor stays float).
 
     `reads` names the children whose weights the float class uses without calling them; the quantized class calls
-    them, so `prepare` swaps the layer whenever it swaps such a child.
+    them, so `prepare` swaps the layer whenever it swaps such a child. `reproducible`: whether evaluation computes as
+    the deployed network does, to the last bit (`bitwright.layers.reproducible`).
     """
 
+    reproducible = False
     reads: tuple[str, ...] = ()
     weight_slots: tuple[str, ...] = ("weight_quantizer",)
     input_slots: tuple[str, ...] = ("input_quantizer",)

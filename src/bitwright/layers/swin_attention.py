@@ -46,7 +46,9 @@ class QuantShiftedWindowAttention(QuantAttentionBase, ShiftedWindowAttention):
         """Attention within windows: (B * windows, positions, C) to the same; `mask` is added to the scores."""
         q, k, v = self.heads(self.qkv(x))
         dropout = self.attention_dropout if self.training else 0.0
-        out, _ = scaled_dot_product(q, k, v, self.product_quantizers(), mask, dropout, self.scaled)
+        out, _ = scaled_dot_product(
+            q, k, v, self.product_quantizers(), mask, dropout, self.scaled, self.reproducible and not self.training
+        )
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

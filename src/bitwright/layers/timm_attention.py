@@ -22,7 +22,8 @@ class QuantTimmAttention(QuantAttentionBase, Attention):
             # Here True means "attend", the opposite of nn.MultiheadAttention.
             mask = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
         dropout = self.attn_drop.p if self.training else 0.0
-        out, _ = scaled_dot_product(q, k, v, self.product_quantizers(), mask, dropout)
+        exact = self.reproducible and not self.training
+        out, _ = scaled_dot_product(q, k, v, self.product_quantizers(), mask, dropout, reproducible=exact)
         out = self.norm(out.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
         if gate is not None:
             out = out * gate

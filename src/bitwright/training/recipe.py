@@ -114,7 +114,8 @@ class Recipe(Section):
     bits: `wNaM` for the usual rules (`bitwright.rules`) with `ends` (bit-width of the first and last layer, None:
     like the rest), `grid` and `estimator` with their options; `float`: no quantizers, an ordinary training. rules: an
     ordered list that comes after those. topology: of output quantizers (`bitwright.topology`); rules come after it
-    too, so that they can change or remove its quantizers. methods: names, or {name: options}. partner: see
+    too, so that they can change or remove its quantizers. reproducible: evaluation and file agree to the last bit
+    (`bitwright.make_reproducible`), at the price of a slower file. methods: names, or {name: options}. partner: see
     `PartnerSection`; None starts from fresh weights. amp: autocast of training steps; evaluation is float32. compile:
     by Inductor; activation_memory: the share that it keeps then (`bitwright.compile_model`). threads:
     of the CPU, default all cores; results are bit-identical for the same number only. device: auto, cpu, cuda, cuda:N.
@@ -129,6 +130,7 @@ class Recipe(Section):
     estimator: str = "clipped_ste"
     estimator_options: dict[str, Any] = Field(default_factory=dict)
     topology: Topology = "res8"
+    reproducible: bool = False
     rules: list[Rule] = Field(default_factory=list)
     methods: list[dict[str, dict[str, Any]]] = Field(default_factory=list)
     optimizer: OptimizerSection = OptimizerSection()
@@ -197,7 +199,7 @@ class Recipe(Section):
         content = self.model_dump(mode="json", exclude={*WHERE})
         del content["data"]["dir"]
         # Keys that came later: with what was all there was before, earlier runs and partners keep their names.
-        for key, first in (("topology", "fpres"), ("activation_memory", 1.0)):
+        for key, first in (("topology", "fpres"), ("activation_memory", 1.0), ("reproducible", False)):
             if content[key] == first:
                 del content[key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -221,6 +223,7 @@ def float_recipe(recipe: Recipe, partner: PartnerSection) -> Recipe:
             "estimator": "clipped_ste",
             "estimator_options": {},
             "topology": "fpres",
+            "reproducible": False,
             "calibration": CalibrationSection(),
         }
     )

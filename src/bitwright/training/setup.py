@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bitwright.errors import BitwrightError
+from bitwright.layers.reproducible import make_reproducible
 from bitwright.prepare import prepare
 from bitwright.rules import resolve
 from bitwright.topology import topology
@@ -90,7 +91,8 @@ def quantize(recipe: Recipe, model: nn.Module, dataset: Dataset) -> nn.Module:
         resolve(model, recipe.rules)  # alone first, so that a message numbers them as the recipe does
         rules = recipe.all_rules()
         image = torch.zeros(1, dataset.in_channels, dataset.image_size, dataset.image_size)
-        return prepare(model, recipe.all_rules(topology(model, image, recipe.topology, rules=rules)))
+        prepare(model, recipe.all_rules(topology(model, image, recipe.topology, rules=rules)))
+        return make_reproducible(model) if recipe.reproducible else model
 
 
 def place(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:

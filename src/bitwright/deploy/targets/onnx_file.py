@@ -9,8 +9,8 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from bitwright.deploy.attention import IntProducts
 from bitwright.deploy.capture import first_line, quiet_export
-from bitwright.deploy.compact_lowering import CompactLowering
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntLayer
@@ -19,17 +19,23 @@ from bitwright.deploy.names import shorten
 from bitwright.deploy.outline import outline
 from bitwright.deploy.packing import OPSET
 from bitwright.deploy.probe import frozen_weights, open_session, probe_graph, read, run_session
+from bitwright.deploy.reproducible_lowering import ReproducibleLowering, name_all, stand_for
 from bitwright.deploy.targets.opened import Network, frozen_codes
 from bitwright.errors import BitwrightError
+from bitwright.layers.reproducible import Reproducible
 
 
 def placeholder_graph(frozen: nn.Module, example: Tensor) -> onnx.ModelProto:
     """The frozen form as torch exports it, one node of our own domain per layer and per lone quantizer."""
-    parts = [m for m in frozen.modules() if isinstance(m, InputCodes | IntLayer)]
+    parts = [m for m in frozen.modules() if isinstance(m, InputCodes | IntLayer | IntProducts)]
+    functions = [m for m in frozen.modules() if isinstance(m, Reproducible)]
     # A batch of one would be taken for a constant by torch.export.
     rows = torch.cat([example, example]) if example.shape[0] == 1 else example
     for part in parts:
         part.placeholder = True
+    name_all(frozen)
+    for function in functions:
+        function.symbol = stand_for
     try:
         with quiet_export(), torch.no_grad():
             program = torch.onnx.export(
@@ -48,6 +54,8 @@ def placeholder_graph(frozen: nn.Module, example: Tensor) -> onnx.ModelProto:
     finally:
         for part in parts:
             part.placeholder = False
+        for function in functions:
+            function.symbol = None
     assert program is not None
     model = program.model_proto
     if len(model.graph.input) != 1 or len(model.graph.output) != 1:
@@ -78,7 +86,7 @@ def write(proto: onnx.ModelProto, path: Path, example: Tensor) -> int:
 def export_onnx(model: nn.Module, path: Path, example: Tensor) -> ExportReport:
     """Write the file; see `bitwright.deploy.export`."""
     frozen = freeze(model, example)
-    proto, layers = lower(placeholder_graph(frozen, example.cpu()), frozen, CompactLowering)
+    proto, layers = lower(placeholder_graph(frozen, example.cpu()), frozen, ReproducibleLowering)
     outline(proto)
     shorten(proto)
     return report(path, write(proto, path, example.cpu()), proto, layers, "onnx")
