@@ -85,6 +85,8 @@ def test_from_prepare_to_verify(make, tmp_path):
     assert report.different_file <= report.images - report.clean_images
     assert report.clean_images > 0
     assert report.clean_logit_difference <= 1e-4 * report.largest_logit
+    own = verify(model, path, x.split(16), runtime="native")
+    assert own.different_file <= own.images - own.clean_images
     kinds = Counter(n.op_type for n in optimized(path, tmp_path).graph.node)
     assert kinds["MatMulIntegerToFloat"] >= sum(isinstance(m, nn.Linear) for m in model.modules())
     assert kinds["QLinearConv"] == sum(isinstance(m, nn.Conv2d) for m in model.modules())

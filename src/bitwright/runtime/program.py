@@ -105,8 +105,10 @@ class Compiled:
             if isinstance(step.op, Host):
                 self.close(run)
                 for name, array in zip(step.outputs, step.op.run(*inputs), strict=True):
-                    # In a buffer of ours, which has the slack that kernels need.
+                    # In a buffer of ours, which has the slack that kernels need. Its content counts already now: it may
+                    # be a shape, which the next step goes by.
                     self.arrays[name] = placed(buffer(array.nbytes), array.shape, array.dtype)
+                    np.copyto(self.arrays[name], array)
                 self.parts.append(step)
                 continue
             out = step.outputs[0]
