@@ -82,19 +82,19 @@ def reproducible_class(module: nn.Module) -> type[Any] | None:
 def make_reproducible(model: nn.Module) -> nn.Module:
     """Let `model` evaluate as its file computes, in place; returns it.
 
-        Norms, softmax, GELU and products are then the same to the last bit in PyTorch, in the frozen form and in
+    Norms, softmax, GELU and products are then the same to the last bit in PyTorch, in the frozen form and in
     onnxruntime; in return the file is slower. Training does not change, nor does an evaluation that is compiled or
     records gradients. Call it before weights are loaded or after, and before the evaluation that counts.
 
     Layers: `nn.LayerNorm` (also timm's and torchvision's, over channels too), `nn.GELU`, `nn.AdaptiveAvgPool2d(1)`,
-        and the attention, convolutions and linear layers that `prepare` quantizes. Functions that a model's own forward
-        calls stay as they are.
+    and the attention, convolutions and linear layers that `prepare` quantizes. Functions that a model's own forward
+    calls stay as they are.
 
-        Args:
-            model: prepared.
+    Args:
+        model: prepared.
 
-        Raises:
-            BitwrightError: the model is not prepared.
+    Raises:
+        BitwrightError: the model is not prepared.
     """
     layers = [m for m in model.modules() if isinstance(m, QuantLayer)]
     if not layers:
