@@ -10,6 +10,7 @@ to the plain quantized one (`lsq`), and to the float step of the same mode. `sav
 pass, counted by saved-tensor hooks (parameters left out), as a ratio to the eager float step's. One time of `adaqat`
 is the mean of its 8 steps between two updates, probes included. Freed memory is kept, as `bitwright train` does
 (`memory.py` measures that). `-compiled`: Inductor; `-lean`: Inductor with `activation_memory=0.7`.
+`float-waiting`: the float step with norms that wait for relu and sums, as `bitwright train` trains float partners.
 `--bf16`: every case under bfloat16 autocast, for processors that have it (others emulate it, slowly).
 `--channels-last`: weights and images in that layout. `--topology`: of the `lsq` cases; the others have float sums.
 """
@@ -30,6 +31,7 @@ from torch import nn
 import bitwright as bw
 from bitwright import kernels
 from bitwright.costs import cost_table
+from bitwright.layers import let_wait
 from bitwright.topology import Topology
 from bitwright.training.memory import keep_freed_memory
 from bitwright.training.models import build_model
@@ -66,6 +68,11 @@ def builders(
     def plain(memory: float | None = None) -> bw.Step:
         return make_step(copy.deepcopy(model), memory=memory, **options)
 
+    def waiting() -> bw.Step:
+        made = copy.deepcopy(model)
+        let_wait(made)
+        return make_step(made, **options)
+
     def lsq(memory: float | None = None) -> bw.Step:
         return make_step(quantized(model, bits, x, topology), memory=memory, **options)
 
@@ -94,6 +101,7 @@ def builders(
 
     return {
         "float": plain,
+        "float-waiting": waiting,
         "lsq": lsq,
         "lsq-reference": lsq,
         "float-compiled": partial(plain, 1.0),

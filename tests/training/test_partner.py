@@ -5,8 +5,11 @@ import threading
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from bitwright.errors import BitwrightError
+from bitwright.layers.waiting import QuantBatchNorm2d
+from bitwright.training import setup
 from bitwright.training.folder import RunFolder
 from bitwright.training.interrupt import Interrupted, StopSignals
 from bitwright.training.loop import Trainer
@@ -158,3 +161,16 @@ def test_an_unwritable_cache_is_one_line(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(BitwrightError, match="cannot be written"):
         partner_of(tmp_path, PARTNER)
+
+
+def test_a_float_partner_trains_with_norms_that_wait_as_it_would_without(tmp_path, monkeypatch):
+    partner = partner_of(tmp_path, PARTNER)
+    assert not any(isinstance(m, QuantBatchNorm2d) for m in partner.model.modules())  # as a user's float model
+    seen = []
+    monkeypatch.setattr(
+        setup, "let_wait", lambda model: seen.append(sum(type(m) is nn.BatchNorm2d for m in model.modules()))
+    )
+    plain = partner_of(tmp_path / "plain", PARTNER)
+    assert seen[0] > 0
+    for (name, a), b in zip(partner.model.state_dict().items(), plain.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3, msg=name)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bitwright.errors import BitwrightError
+from bitwright.layers import let_wait
 from bitwright.layers.reproducible import make_reproducible
 from bitwright.prepare import prepare
 from bitwright.rules import resolve
@@ -84,8 +85,9 @@ def float_model(
 
 
 def quantize(recipe: Recipe, model: nn.Module, dataset: Dataset) -> nn.Module:
-    """Swap in the recipe's quantizers (none for `bits: float`); returns the same model."""
+    """Swap in the recipe's quantizers (`bits: float`: none, only norms that wait); returns the same model."""
     if not recipe.quantized:
+        let_wait(model)
         return model
     with blame(recipe.source):
         resolve(model, recipe.rules)  # alone first, so that a message numbers them as the recipe does
