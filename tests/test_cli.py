@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from bitwright import cli
+from bitwright.costs import LatencyTable, read_latencies
 from bitwright.deploy.names import spelled_out
 from bitwright.training.recipe_file import load_recipe
 
@@ -108,6 +109,34 @@ def test_cost_of_a_run_and_of_its_recipe_agree(bitwright, trained):
     _, text, _ = bitwright("cost", "digits-w4a4")
     assert re.search(r"layer1\.0\.conv1 .* 4 +4 ", text)
     assert "a run has its recipe already" in refused(bitwright("cost", trained, "bits=w2a2"))
+
+
+def test_latencies_are_measured_into_a_file_that_a_budget_can_name(bitwright, trained, tmp_path):
+    file = tmp_path / "table.csv"
+    code, out, _ = bitwright("cost", trained / "recipe.yaml", "--latencies", file, "--json")
+    assert code == 0
+    layers = [row["name"] for row in json.loads(out)["rows"]]
+    table = read_latencies(file)
+    assert set(table.layers) <= set(layers)
+    assert all(set(each) == {(8, 8), (4, 4)} for each in table.layers.values())
+    assert json.loads(out)["latency"] > 0
+    code, text, _ = bitwright("cost", trained, "--latencies", tmp_path / "again.csv")
+    assert code == 0
+    assert " ms outside of layers)" in text.replace(" of it", "")
+    assert "the network is float" in refused(
+        bitwright("cost", trained / "recipe.yaml", "bits=float", "partner=null", "--latencies", file)
+    )
+    assert read_latencies(file) == table  # as it was
+    slow = LatencyTable({name: {(8, 8): 2.0, (4, 4): 1.0} for name in layers}, 0.0)
+    file.write_text(slow.to_csv())
+    budget = f"methods=[{{allocation: {{budget: {{latency: {2 * len(layers) - 3}ms}}, latencies: {file}, steps: 1}}}}]"
+    code, _, err = bitwright("train", trained / "recipe.yaml", budget, "--out", tmp_path / "run")
+    assert code == 0, err
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())["methods"]["allocation"]
+    assert found["cost"]["latency"] == 2 * len(layers) - 3
+    missing = budget.replace(str(file), str(tmp_path / "none.csv"))
+    line = refused(bitwright("train", trained / "recipe.yaml", missing, "--out", tmp_path / "other"))
+    assert "none.csv: cannot be read as a table of latencies" in line
 
 
 def test_export_then_verify_then_a_changed_file(bitwright, trained, tmp_path):

@@ -33,7 +33,7 @@ from bitwright.topology import topology
 
 if TYPE_CHECKING:
     from bitwright import runtime
-    from bitwright.deploy import export, freeze, load_packed, snap_biases, verify
+    from bitwright.deploy import export, freeze, load_packed, measure_latencies, snap_biases, verify
 
 __version__ = "0.1.0"
 
@@ -67,6 +67,7 @@ __all__ = [
     "freeze",
     "load_packed",
     "make_reproducible",
+    "measure_latencies",
     "prepare",
     "quant_layers",
     "quantizers",
@@ -78,7 +79,7 @@ __all__ = [
     "verify",
 ]
 
-_DEPLOY = ("export", "freeze", "load_packed", "snap_biases", "verify")
+_DEPLOY = ("export", "freeze", "load_packed", "measure_latencies", "snap_biases", "verify")
 
 
 def __getattr__(name: str) -> Any:

@@ -184,11 +184,14 @@ def verify(
 def cost(
     target: Annotated[str, typer.Argument(metavar="RUN_OR_RECIPE", show_default=False)],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value …]")] = None,
+    latencies: Annotated[
+        Path | None, typer.Option("--latencies", help="Time every layer in the native runtime; write the table here.")
+    ] = None,
     data_dir: DataDir = None,
     cache: Cache = None,
     as_json: Json = False,
 ) -> None:
-    """BitOPs and size, per layer, of a run or of what a recipe would make."""
+    """BitOPs and size, per layer, of a run or of what a recipe would make; with --latencies, milliseconds as well."""
     from bitwright.errors import BitwrightError
     from bitwright.training.folder import data_override, load_run
     from bitwright.training.recipe_file import load_recipe
@@ -203,7 +206,12 @@ def cost(
         recipe = load_recipe(target, [*data_override(data_dir), *(overrides or [])])
         dataset, device = recipe_data(recipe, cache), "cpu"
         model = quantize(recipe, float_model(recipe, dataset, fresh=True), dataset).eval()
-    table = _costs(model, dataset, device)
+    measured = None
+    if latencies is not None:
+        from bitwright.training.latency import write_latencies
+
+        measured = write_latencies(model, dataset, latencies)
+    table = _costs(model, dataset, device, measured)
     if as_json:
         print(json.dumps(table.as_dict()))
     else:
@@ -276,10 +284,11 @@ def report(
     print(out)
 
 
-def _costs(model: Any, dataset: Any, device: Any) -> Any:
+def _costs(model: Any, dataset: Any, device: Any, latencies: Any = None) -> Any:
     from bitwright.costs import cost_table
 
-    return cost_table(model, next(iter(dataset.test_batches(batch_size=1, device=device)))[0])
+    example = next(iter(dataset.test_batches(batch_size=1, device=device)))[0]
+    return cost_table(model, example, latencies=latencies)
 
 
 def _export(run: Any, file: Path, target: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from torch import nn
 
 from bitwright.costs.bitops import FLOAT_BITS, bitops
+from bitwright.costs.latency import Entries, entry_for
 from bitwright.costs.size import size_bytes
 from bitwright.costs.table import CostRow, CostTable, layer_bits
 from bitwright.errors import BitwrightError
@@ -27,7 +28,7 @@ class Row:
     """A layer (or a product of an attention layer) and where its bits come from: a learned group, or fixed numbers.
 
     macs; weights: how many are stored. group: index of its group, or None. weight_bits, input_bits: None: the group's.
-    product: both operands are activations, so the first has the group's input bits too.
+    product: both operands are activations, so the first has the group's input bits too. entries: latencies, if known.
     """
 
     macs: int
@@ -36,6 +37,7 @@ class Row:
     weight_bits: int | None
     input_bits: int | None
     product: bool = False
+    entries: Entries | None = None
 
     def bits(self, assignment: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
         """(weight bits, input bits) under one (weight, input) pair per group."""
@@ -44,7 +46,12 @@ class Row:
         return w, pair[1] if self.input_bits is None else self.input_bits
 
     def cost(self, kind: str, w: Any, a: Any) -> Any:
-        """BitOPs or bytes at w and a bits, a float; of tensors a tensor, which passes gradients."""
+        """BitOPs, bytes or milliseconds at w and a bits, a float; of tensors a tensor, which passes gradients.
+
+        Latencies are of whole bits only; a layer that was not measured is part of the rest, which has its own row.
+        """
+        if kind == "latency":
+            return entry_for(self.entries, w, a) if self.entries else 0.0
         return bitops(float(self.macs), w, a) if kind == "bitops" else size_bytes(float(self.weights), w)
 
 
@@ -53,14 +60,18 @@ def make_rows(costs: Any, model: nn.Module, groups: dict[str, int], owner: str) 
 
     Args:
         costs: `bitwright.costs.cost_table(model, example)`: then totals are the table's at any bits, with products of
-            attention, biases, norms and scales. Or a sequence of its rows, of `LayerCost` or of plain triples.
+            attention, biases, norms and scales, and with its latencies. Or a sequence of its rows, of `LayerCost` or
+            of plain triples.
         groups: {layer: index of the group that its bits belong to}. owner: the method that asks, for messages.
 
     Raises:
-        BitwrightError: a `LayerCost` names no module.
+        BitwrightError: a `LayerCost` names no module; a learned layer was not measured.
     """
     layers, modules = quant_layers(model), dict(model.named_modules())
     rows = []
+    latencies = costs.latencies if isinstance(costs, CostTable) else None
+    if latencies and (unknown := [name for name in groups if name not in latencies.layers]):
+        raise BitwrightError(f"{owner}: latencies: there is no row for the layer {unknown[0]!r}")
     for record in costs.rows if isinstance(costs, CostTable) else costs:
         record = record if isinstance(record, CostRow) else LayerCost(*record)
         if isinstance(record, CostRow):
@@ -71,13 +82,21 @@ def make_rows(costs: Any, model: nn.Module, groups: dict[str, int], owner: str) 
         else:
             raise BitwrightError(f"{owner}: costs names {record.name!r}, which the model does not have")
         product = record.name not in modules
-        owner = record.name.rpartition(".")[0] if product else record.name
-        learned = owner in layers and owner in groups
+        layer = record.name.rpartition(".")[0] if product else record.name
+        learned = layer in layers and layer in groups
         own = [None if learned and b != FLOAT_BITS else b for b in given]
-        rows.append(Row(int(record.macs), stored, groups[owner] if learned else None, own[0], own[1], product))
+        entries = latencies.layers.get(record.name) if latencies and FLOAT_BITS not in given else None
+        group = groups[layer] if learned else None
+        rows.append(Row(int(record.macs), stored, group, own[0], own[1], product, entries))
     if isinstance(costs, CostTable):
-        rows.append(Row(0, costs.float_parameters + costs.scales, None, FLOAT_BITS, FLOAT_BITS))
+        rest = {(FLOAT_BITS, FLOAT_BITS): latencies.rest} if latencies else None
+        rows.append(Row(0, costs.float_parameters + costs.scales, None, FLOAT_BITS, FLOAT_BITS, entries=rest))
     return rows
+
+
+def kinds(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What `rows` have a cost in: "bitops", "size" and, where it was measured, "latency"."""
+    return ("bitops", "size", "latency") if any(row.entries for row in rows) else ("bitops", "size")
 
 
 def total(rows: Sequence[Row], kind: str, assignment: Sequence[tuple[Any, Any]]) -> Any:
@@ -99,7 +118,8 @@ def solve(
 
     Args:
         rows: every layer. options: (weight bits, input bits) that each group may take. losses: of each option.
-        budget: {"bitops": ..., "size": bytes}, see `parse_budget`. low: the least share of it to use.
+        budget: {"bitops": ..., "size": bytes, "latency": milliseconds}, see `parse_budget`. low: the least share of
+            it to use.
     """
     # The solver's tolerance may let a budget be passed by a millionth; only then ask for a little less.
     for high in (1.0, 1.0 - 3e-6):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitwright.costs.bitops import FLOAT_BITS, bitops
+from bitwright.costs.latency import LatencyTable, entry_for
 from bitwright.costs.macs import Macs, count_macs
 from bitwright.costs.size import FLOAT_BYTES, size_bytes
 from bitwright.layers import QuantLayer, quantizer_in
@@ -42,13 +43,14 @@ class CostTable:
     """Rows in the order of definition, and totals.
 
     float_parameters: biases, norms and other parameters in 32 bits, not in any row. scales: of all quantizers.
-    classifier_float: whether the last layer was counted at 32 bits.
+    classifier_float: whether the last layer was counted at 32 bits. latencies: what layers take, where it was measured.
     """
 
     rows: tuple[CostRow, ...]
     float_parameters: int
     scales: int
     classifier_float: bool
+    latencies: LatencyTable | None = None
 
     @property
     def macs(self) -> int:
@@ -65,9 +67,20 @@ class CostTable:
         """Bytes of all weights at their own width, other parameters and scales in 32 bits."""
         return sum(row.size_bytes for row in self.rows) + FLOAT_BYTES * (self.float_parameters + self.scales)
 
+    @property
+    def latency(self) -> float | None:
+        """Milliseconds by `latencies`: layers at their bits, and the rest. None where nothing was measured."""
+        if self.latencies is None:
+            return None
+        rows = [row for row in self.rows if FLOAT_BITS not in (row.weight_bits, row.input_bits)]
+        found = [(self.latencies.layers.get(row.name), row) for row in rows]
+        return self.latencies.rest + sum(entry_for(e, row.weight_bits, row.input_bits) for e, row in found if e)
+
     def as_dict(self) -> dict[str, Any]:
         """Totals and rows as plain values, ready for JSON."""
         totals = {name: getattr(self, name) for name in ("bitops", "size_bytes", "macs")}
+        if self.latencies is not None:
+            totals["latency"] = self.latency
         rest = {name: getattr(self, name) for name in ("float_parameters", "scales", "classifier_float")}
         return totals | rest | {"rows": [asdict(row) for row in self.rows]}
 
@@ -86,10 +99,14 @@ class CostTable:
             f"total: {self.macs:,} MACs, {self.bitops / 1e9:.4g} G BitOPs, {self.size_bytes / 1000:,.1f} KB "
             f"({rest:,.1f} KB of it biases, norms and scales)"
         )
+        if self.latencies is not None:
+            total += f", {self.latency:.4g} ms ({self.latencies.rest:.4g} ms of it outside of layers)"
         return "\n".join([head, *lines, total])
 
 
-def cost_table(model: nn.Module, example: Tensor, *, classifier_float: bool = False) -> CostTable:
+def cost_table(
+    model: nn.Module, example: Tensor, *, classifier_float: bool = False, latencies: LatencyTable | None = None
+) -> CostTable:
     """BitOPs and size of `model` at its present bits.
 
     Whatever multiplies is in a row; tensors without a quantizer count as 32 bits. The usual convention counts the
@@ -99,6 +116,7 @@ def cost_table(model: nn.Module, example: Tensor, *, classifier_float: bool = Fa
         model: float or prepared; it need not be calibrated. It runs once, on one sample.
         example: an input batch; its first sample is used.
         classifier_float: count the last convolution or linear layer at 32 bits, weights and input.
+        latencies: of the network's layers on some device (`bitwright.measure_latencies`, or a file of one's own).
     """
     found = count_macs(model, example)
     last = weight_layers(model)[-1:] if classifier_float else []
@@ -118,7 +136,7 @@ def cost_table(model: nn.Module, example: Tensor, *, classifier_float: bool = Fa
     parameters = {id(p): p.numel() for n, p in model.named_parameters() if not is_grid(n, model)}
     rest = sum(n for key, n in parameters.items() if key not in seen)
     scales = sum(q.shape.channels for q in quantizers(model).values())
-    return CostTable(tuple(rows), rest, scales, classifier_float)
+    return CostTable(tuple(rows), rest, scales, classifier_float, latencies)
 
 
 def is_grid(parameter: str, model: nn.Module) -> bool:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitwright.constraints import Constraint
-from bitwright.costs.assignment import Row, solve, total
+from bitwright.costs import parse_budget
+from bitwright.costs.assignment import Row, kinds, solve, total
 from bitwright.errors import BitwrightError
 from bitwright.spec import MAX_BITS
 
@@ -39,12 +40,7 @@ class Budget:
         for i, name in enumerate(names):
             if self and i not in charged:
                 raise BitwrightError(f"{self.owner}: costs has no record of {name!r}")
-        for kind, limit in self.limits.items():
-            if (cost := total(self.rows, kind, least)) > limit:
-                raise BitwrightError(
-                    f"{self.owner}: budget.{kind}={limit:g} cannot be met: with all learned layers at {floor} bits "
-                    f"it is {cost:g}"
-                )
+        check_limits(self.limits, self.rows, least, f"all learned layers at {floor} bits", self.owner)
 
     def price(self, pairs: Pairs, less: Pairs) -> float:
         """What `pairs` cost more than `less`: the sum over the limits of multiplier * share of the limit."""
@@ -67,6 +63,29 @@ class Budget:
         for key, constraint in self.constraints.items():
             constraint.load_state_dict(state["constraints"][key])
         self.from_costs = dict(state["from_costs"])
+
+
+def smooth_budget(budget: dict[str, float | int | str] | None, owner: str) -> dict[str, float]:
+    """`parse_budget` for methods that follow slopes. Raises BitwrightError for a latency as well, which has none."""
+    limits = parse_budget(budget, owner)
+    if "latency" in limits:
+        raise BitwrightError(
+            f"{owner}: budget.latency is not accepted: one bit less seldom changes a kernel, so that there is no slope "
+            "to follow; use bitops and size, or the methods allocation and amed"
+        )
+    return limits
+
+
+def check_limits(limits: dict[str, float], rows: Sequence[Row], least: Pairs, what: str, owner: str) -> None:
+    """Raise BitwrightError for a limit that the cheapest assignment `least` is above, or that nothing is known of.
+
+    what: `least` in words.
+    """
+    if "latency" in limits and "latency" not in kinds(rows):
+        raise BitwrightError(f"{owner}: budget.latency needs latencies, the table that `bitwright cost` measures")
+    for kind, limit in limits.items():
+        if (cost := total(rows, kind, least)) > limit:
+            raise BitwrightError(f"{owner}: budget.{kind}={limit:g} cannot be met: with {what} it is {cost:g}")
 
 
 def meet_budget(

@@ -46,11 +46,12 @@ class MethodContext:
     epochs: int
     seed: int
 
-    def cost_table(self) -> Any:
-        """`bitwright.costs.cost_table` of the model at its present bit-widths."""
-        from bitwright.costs import cost_table
+    def cost_table(self, latencies: str | None = None) -> Any:
+        """`bitwright.costs.cost_table` of the model at its present bit-widths; latencies: file of measured ones."""
+        from bitwright.costs import cost_table, read_latencies
 
-        return cost_table(self.model, self.example[:1])
+        measured = None if latencies is None else read_latencies(latencies)
+        return cost_table(self.model, self.example[:1], latencies=measured)
 
     def need_partner(self, method: str) -> nn.Module:
         """The partner. Raises: BitwrightError where the recipe has none."""
@@ -97,7 +98,9 @@ def _hgq(options: dict[str, Any], context: MethodContext) -> Method:
 
 
 def _allocation(options: dict[str, Any], context: MethodContext) -> Method:
-    return Allocation(context.model, context.cost_table(), **options)
+    latencies = options.get("latencies")
+    rest = {k: v for k, v in options.items() if k != "latencies"}
+    return Allocation(context.model, context.cost_table(latencies), **rest)
 
 
 def _cage(options: dict[str, Any], context: MethodContext) -> Method:
@@ -105,7 +108,9 @@ def _cage(options: dict[str, Any], context: MethodContext) -> Method:
 
 
 def _amed(options: dict[str, Any], context: MethodContext) -> Method:
-    return AMED(context.model, context.steps, context.cost_table(), **{"seed": context.seed, **options})
+    latencies = options.get("latencies")
+    rest = {k: v for k, v in options.items() if k != "latencies"}
+    return AMED(context.model, context.steps, context.cost_table(latencies), **{"seed": context.seed, **rest})
 
 
 def _constrained(options: dict[str, Any], context: MethodContext) -> Method:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitwright import Allocation, BitwrightError, QuantizerSpec, Rule, calibrate, prepare, quant_layers
-from bitwright.costs import cost_table
+from bitwright.costs import LatencyTable, cost_table
 from methods.nets import data, float_net, make_step, quantized, resumed, run, same_state
 
 
@@ -100,3 +100,33 @@ def test_without_a_budget_there_is_nothing_to_solve():
     model = quantized(float_net(), bits=8)
     with pytest.raises(BitwrightError, match="give a budget"):
         Allocation(model, cost_table(model, data()[0][:1]), {})
+
+
+def with_latencies(candidates=(2, 4, 8)):
+    model = quantized(float_net(), bits=8)
+    names = [row.name for row in cost_table(model, data()[0][:1]).rows]
+    # 4 bits save nothing in the first of the layers that are learned, which so has no reason to have few.
+    entries = {n: {(8, 8): 2.0, (4, 4): 2.0 if i == 1 else 1.0} for i, n in enumerate(names)}
+    costs = cost_table(model, data()[0][:1], latencies=LatencyTable(entries, 0.5))
+    method = Allocation(model, costs, {"latency": costs.latency - 1.0}, candidates=candidates, steps=1)
+    return model, method, names, costs
+
+
+def test_a_latency_is_met_where_kernels_are_faster():
+    model, method, names, costs = with_latencies()
+    run(make_step(model, [method], lr=0.0), 0, 1)
+    now = cost_table(model, data()[0][:1], latencies=costs.latencies)
+    assert now.latency == method.summary()["cost"]["latency"] == costs.latency - 1.0
+    few = [name for name, each in method.widths().items() if max(each.values()) <= 4]
+    assert len(few) == 1
+    assert few[0] != names[1]
+
+
+def test_a_latency_without_a_table_is_refused():
+    with pytest.raises(BitwrightError, match=r"allocation: budget\.latency needs latencies"):
+        built(budget={"latency": "5ms"})
+    model, _, _, costs = with_latencies()
+    with pytest.raises(
+        BitwrightError, match=r"allocation: budget\.latency=0\.1 cannot be met: with all layers at 2 bits"
+    ):
+        Allocation(model, costs, {"latency": 0.1}, candidates=(2, 8))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitwright import AMED, HGQ, BitwrightError, QuantizerSpec, Rule, Step, calibrate, prepare, quant_layers, quantizers
-from bitwright.costs import LayerCost, cost_table
+from bitwright.costs import LatencyTable, LayerCost, cost_table
 from bitwright.methods.amed.chain import metropolis, score
 from methods.nets import data, float_net, make_step, quantized, resumed, run, same_state
 
@@ -150,3 +150,19 @@ def test_other_layers_and_a_second_method_that_sets_bits_are_refused():
         built(candidates=(2, 8))[1].load_state_dict(method.state_dict())
     with pytest.raises(BitwrightError, match="amed and hgq both set bit-widths"):
         make_step(model, [method, HGQ(model, 20, costs, beta=1.0)])
+
+
+def test_latencies_count_in_the_score_and_in_the_budget():
+    model = quantized(float_net(), bits=8)
+    x = data()[0][:1]
+    names = [row.name for row in cost_table(model, x).rows]
+    entries = {n: {(8, 8): 2.0, (4, 4): 1.0} for n in names}
+    costs = cost_table(model, x, latencies=LatencyTable(entries, 0.0))
+    limit = costs.latency - 1.0
+    method = AMED(model, 10, costs, {"latency": limit}, cost="latency", candidates=(4, 8), every=1, freeze_at=0.5)
+    assert method.at_start == costs.latency
+    run(make_step(model, [method]), 0, 6)
+    assert method.summary()["cost"]["latency"] <= limit
+    plain = cost_table(quantized(float_net(), bits=8), x)
+    with pytest.raises(BitwrightError, match="amed: cost='latency' is not accepted; use bitops or size"):
+        AMED(quantized(float_net(), bits=8), 10, plain, cost="latency")

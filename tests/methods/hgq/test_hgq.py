@@ -219,6 +219,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     [
         ({"budget": {"bitops": 1}}, "hgq: budget.bitops=1 cannot be met: with all learned layers at 2 bits it is"),
         ({"budget": {"time": 1}}, "hgq: budget.time is not accepted"),
+        ({"budget": {"latency": "5ms"}}, "hgq: budget.latency is not accepted: one bit less seldom changes a kernel"),
         ({"budget": None}, "hgq: beta=None is not accepted; use either a budget or beta"),
         ({"beta": 1.0}, "hgq: beta=1.0 is not accepted; use either a budget or beta"),
         ({"budget": None, "beta": 0.0}, "hgq: beta=0.0"),

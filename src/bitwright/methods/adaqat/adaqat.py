@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.costs import CostTable, LayerCost, parse_budget
+from bitwright.costs import CostTable, LayerCost
 from bitwright.costs.assignment import make_rows, total
 from bitwright.errors import BitwrightError
 from bitwright.methods.adaqat.groups import make_group, pair_of
 from bitwright.methods.adaqat.rule import Width, curvatures, relative_update, update
 from bitwright.methods.adjustable import ROLES, adjustable_layers, bit_means
 from bitwright.methods.base import Method
-from bitwright.methods.budget import BUDGET_RULES, Budget, meet_budget
+from bitwright.methods.budget import BUDGET_RULES, Budget, meet_budget, smooth_budget
 from bitwright.methods.options import require
 from bitwright.methods.probe import forward_fast, untouched, unwrap
 from bitwright.methods.ranks import mean_over_ranks
@@ -108,7 +108,7 @@ class AdaQAT(Method):
         self.model = unwrap(model)
         self.lam, self.every, self.fraction, self.floor = lam, every, probe_fraction, floor
         self.freeze_after, self.warmup = freeze_after, warmup
-        limits = parse_budget(budget, "adaqat")
+        limits = smooth_budget(budget, "adaqat")
         need(not limits or costs is not None, "costs", costs, "one record per layer, which a budget needs")
         layers = adjustable_layers(self.model, fixed, "adaqat")
         named = [("network", list(layers))] if granularity == "network" else [(n, [n]) for n in layers]

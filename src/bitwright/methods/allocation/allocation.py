@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from bitwright.costs import CostTable, LayerCost, parse_budget
-from bitwright.costs.assignment import make_rows, solve, total
+from bitwright.costs.assignment import kinds, make_rows, solve, total
 from bitwright.errors import BitwrightError
 from bitwright.methods.adjustable import ROLES, adjustable_layers, bit_means
 from bitwright.methods.allocation.sensitivity import sensitivities
 from bitwright.methods.base import Method
+from bitwright.methods.budget import check_limits
 from bitwright.methods.probe import unwrap
 from bitwright.methods.ranks import mean_over_ranks
 from bitwright.spec import MAX_BITS
@@ -28,7 +29,8 @@ class Allocation(Method):
     Args:
         model: prepared and calibrated, better at 8 bits than at few: scales follow from there.
         costs: `bitwright.costs.cost_table(model, example)` or a `LayerCost` per layer.
-        budget: {"bitops": number, "size": bytes}, one or both, over the whole network; numbers or "0.51G", "120KB".
+        budget: {"bitops": number, "size": bytes, "latency": milliseconds}, one or several, over the whole network;
+            numbers or "0.51G", "120KB", "5ms". A latency needs `cost_table(..., latencies=...)`.
         candidates: bits to choose from. Default 2, 3, 4, 5, 6 and 8.
         steps: batches to measure on, one per optimizer step. Default 4.
         fixed: patterns (as in rules) of layers whose bits are left alone. Default first and last.
@@ -59,18 +61,13 @@ class Allocation(Method):
             raise BitwrightError(f"allocation: steps={steps} is not accepted; use a whole number >= 1")
         self.budget = parse_budget(budget, "allocation")
         if not self.budget:
-            raise BitwrightError("allocation: give a budget, bitops or size")
+            raise BitwrightError("allocation: give a budget, bitops, size or latency")
         self.model, self.needed = unwrap(model), steps
         self.layers = adjustable_layers(self.model, fixed, "allocation")
         index = {name: i for i, name in enumerate(self.layers)}
         self.rows = make_rows(costs, self.model, index, "allocation")
         least = [(self.candidates[0], self.candidates[0])] * len(self.layers)
-        for kind, limit in self.budget.items():
-            if (cost := total(self.rows, kind, least)) > limit:
-                raise BitwrightError(
-                    f"allocation: budget.{kind}={limit:g} cannot be met: with all layers at {self.candidates[0]} bits "
-                    f"it is {cost:g}"
-                )
+        check_limits(self.budget, self.rows, least, f"all layers at {self.candidates[0]} bits", "allocation")
         self.steps = 0
         shape = (len(self.layers), len(ROLES), len(self.candidates))
         self.measured = torch.zeros(shape, dtype=torch.float64)
@@ -117,7 +114,7 @@ class Allocation(Method):
         pairs = [(each.get("weight", 0), each.get("input", 0)) for each in widths.values()]
         return {
             "widths": widths,
-            "cost": {kind: total(self.rows, kind, pairs) for kind in ("bitops", "size")},
+            "cost": {kind: total(self.rows, kind, pairs) for kind in kinds(self.rows)},
             "budget": dict(self.budget),
             "candidates": self.candidates,
             "sensitivities": dict(zip(self.layers, self.measured.tolist(), strict=True)),

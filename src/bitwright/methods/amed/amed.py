@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from bitwright.costs import CostTable, LayerCost, parse_budget
-from bitwright.costs.assignment import make_rows, solve, total
+from bitwright.costs.assignment import kinds, make_rows, solve, total
 from bitwright.errors import BitwrightError
 from bitwright.methods.adjustable import ROLES, adjustable_layers, bit_means
 from bitwright.methods.amed.chain import metropolis, score
 from bitwright.methods.base import Method
+from bitwright.methods.budget import check_limits
 from bitwright.methods.options import require
 from bitwright.methods.probe import unwrap
 from bitwright.methods.ranks import mean_over_ranks
@@ -34,8 +35,9 @@ class AMED(Method):
         model: prepared and calibrated; each layer's weights and inputs at one of the candidates, the chain's start.
         total_steps: optimizer steps of the whole training.
         costs: `bitwright.costs.cost_table(model, example)` or a `LayerCost` per layer: the table.
-        budget: None, or {"bitops": number, "size": bytes}, one or both, which the final assignment meets.
-        cost: what the score counts, "bitops" (default) or "size".
+        budget: None, or {"bitops": number, "size": bytes, "latency": milliseconds}, one or several, which the final
+            assignment meets. A latency needs `cost_table(..., latencies=...)`.
+        cost: what the score counts, "bitops" (default), "size" or "latency".
         candidates: bits. Default 2, 3, 4 and 8.
         alpha, beta: weights of loss and cost in the score, both 1 by default.
         rate: share of a new score in the running one. Default 0.3 (the authors' example: 0.01, over many epochs).
@@ -76,7 +78,6 @@ class AMED(Method):
         self.candidates = sorted(set(candidates))
         whole = all(isinstance(b, int) and 1 <= b <= MAX_BITS for b in self.candidates)
         need(len(self.candidates) > 1 and whole, "candidates", list(candidates), f"several bits, 1 to {MAX_BITS}")
-        need(cost in ("bitops", "size"), "cost", cost, "bitops or size")
         need(alpha >= 0, "alpha", alpha, "a number >= 0")
         need(beta >= 0 and alpha + beta > 0, "beta", beta, "a number >= 0 (> 0 without alpha)")
         need(0 < rate <= 1, "rate", rate, "0 < rate <= 1")
@@ -90,12 +91,9 @@ class AMED(Method):
         self.layers = adjustable_layers(model, fixed, self.name)
         self.rows = make_rows(costs, model, {name: i for i, name in enumerate(self.layers)}, self.name)
         self.budget = parse_budget(budget, self.name)
-        for kind, limit in self.budget.items():
-            if (least := self.cost(kind, self.candidates[:1] * len(self.layers))) > limit:
-                raise BitwrightError(
-                    f"amed: budget.{kind}={limit:g} cannot be met: with all learned layers at {self.candidates[0]} "
-                    f"bits it is {least:g}"
-                )
+        least = [(self.candidates[0], self.candidates[0])] * len(self.layers)
+        check_limits(self.budget, self.rows, least, f"all learned layers at {self.candidates[0]} bits", self.name)
+        need(cost in kinds(self.rows), "cost", cost, " or ".join(kinds(self.rows)))
         self.present = self._start()
         self.scores = torch.zeros(len(self.layers), len(self.candidates), dtype=torch.float64)
         self.at_start = self.cost(cost, self.bits())
@@ -181,7 +179,7 @@ class AMED(Method):
     def summary(self) -> dict[str, Any]:
         return {
             "widths": self.widths(),
-            "cost": {kind: self.cost(kind, self.bits()) for kind in ("bitops", "size")},
+            "cost": {kind: self.cost(kind, self.bits()) for kind in kinds(self.rows)},
             "budget": dict(self.budget),
             "candidates": self.candidates,
             "scores": dict(zip(self.layers, self.scores.tolist(), strict=True)),

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.costs import CostTable, LayerCost, parse_budget
+from bitwright.costs import CostTable, LayerCost
 from bitwright.costs.assignment import make_rows, total
 from bitwright.costs.bitops import FLOAT_BITS
 from bitwright.errors import BitwrightError
 from bitwright.methods.adjustable import ROLES, adjustable_layers, bit_means
 from bitwright.methods.base import Method
-from bitwright.methods.budget import BUDGET_RULES, Budget, meet_budget
+from bitwright.methods.budget import BUDGET_RULES, Budget, meet_budget, smooth_budget
 from bitwright.methods.hgq.gradient import BitSlot, expected_gain
 from bitwright.methods.options import require
 from bitwright.methods.probe import unwrap
@@ -91,7 +91,7 @@ class HGQ(Method):
         model = unwrap(model)
         layers = adjustable_layers(model, fixed, self.name)
         self.rows = make_rows(costs, model, {name: i for i, name in enumerate(layers)}, self.name)
-        self.budget = Budget(parse_budget(budget, self.name), self.rows, rule, 0.1, self.name)
+        self.budget = Budget(smooth_budget(budget, self.name), self.rows, rule, 0.1, self.name)
         self.groups = [
             {role: BitSlot(name, role, layer[role], self.name) for role in ROLES if layer[role]}
             for name, layer in layers.items()
