@@ -53,7 +53,7 @@ class Trainer:
     Args:
         recipe, dataset: what to train on what; `threads` must have been set (`setup.set_threads`).
         folder: claimed, with recipe.yaml in it.
-        partner: where quantized training starts; None starts from fresh weights.
+        partner: where quantized training starts; None starts from fresh weights. teacher: of `kd`; None: the partner.
     """
 
     def __init__(
@@ -63,10 +63,12 @@ class Trainer:
         folder: RunFolder,
         *,
         partner: Partner | None = None,
+        teacher: Partner | None = None,
         reporter: Reporter,
         stop: StopSignals,
     ):
-        self.recipe, self.dataset, self.folder, self.partner = recipe, dataset, folder, partner
+        self.recipe, self.dataset, self.folder = recipe, dataset, folder
+        self.partner, self.teacher = partner, teacher
         self.reporter, self.stop = reporter, stop
         self.device = choose_device(recipe)
         self.batch_size = recipe.schedule.batch_size
@@ -115,6 +117,7 @@ class Trainer:
             self.rows,
             self.step.methods,
             float_accuracy=None if self.partner is None else self.partner.accuracy,
+            teacher_accuracy=None if self.teacher is None else self.teacher.accuracy,
             seconds=self.seconds,
             device=self.device,
         )
@@ -144,8 +147,10 @@ class Trainer:
         options = self.recipe.optimizer
         self.optimizer = make_optimizer(self.model, options)
         self.warmup_steps = round(self.recipe.schedule.warmup_epochs * self.steps_per_epoch / options.accumulate)
-        partner = None if self.partner is None else self.partner.model
-        context = method_context(self.recipe, self.dataset, self.model, partner, self.example, self._cross_entropy)
+        partner, teacher = (None if p is None else p.model for p in (self.partner, self.teacher))
+        context = method_context(
+            self.recipe, self.dataset, self.model, partner, self.example, self._cross_entropy, teacher
+        )
         self.total_steps = context.steps
         with blame(self.recipe.source):
             methods = make_methods(self.recipe.methods, context)

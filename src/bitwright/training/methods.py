@@ -32,8 +32,9 @@ class MethodContext:
     """What a method may be built from.
 
     model: prepared and calibrated, on the training device. partner: the float network in evaluation mode on the same
-    device, or None. loss_fn: the task loss, (outputs, y) -> scalar. dataset; batch_size: of the run. example: one
-    batch of inputs on the device. steps: optimizer steps of the whole run. epochs, seed: of the run.
+    device, or None. teacher: the float network that `kd` learns from, alike; None: the partner. loss_fn: the task
+    loss, (outputs, y) -> scalar. dataset; batch_size: of the run. example: one batch of inputs on the device. steps:
+    optimizer steps of the whole run. epochs, seed: of the run.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class MethodContext:
     steps: int
     epochs: int
     seed: int
+    teacher: nn.Module | None = None
 
     def cost_table(self, latencies: str | None = None) -> Any:
         """`bitwright.costs.cost_table` of the model at its present bit-widths; latencies: file of measured ones."""
@@ -67,17 +69,18 @@ def method_context(
     partner: nn.Module | None,
     example: Tensor,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
+    teacher: nn.Module | None = None,
 ) -> MethodContext:
     """The context of a run of `recipe`."""
     schedule = recipe.schedule
     steps = schedule.epochs * dataset.steps_per_epoch(schedule.batch_size) // recipe.optimizer.accumulate
     return MethodContext(
-        model, partner, loss_fn, dataset, schedule.batch_size, example, steps, schedule.epochs, recipe.seed
+        model, partner, loss_fn, dataset, schedule.batch_size, example, steps, schedule.epochs, recipe.seed, teacher
     )
 
 
 def _kd(options: dict[str, Any], context: MethodContext) -> Method:
-    return KD(context.need_partner("kd"), **options)
+    return KD(context.need_partner("kd") if context.teacher is None else context.teacher, **options)
 
 
 def _bwrf(options: dict[str, Any], context: MethodContext) -> Method:

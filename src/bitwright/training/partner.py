@@ -1,4 +1,4 @@
-"""The float partner of a run: loaded, fetched, or trained once and kept for all runs that ask for the same."""
+"""The float networks of a run, partner and teacher: loaded, fetched, or trained once and kept for later runs."""
 
 import fcntl
 import hashlib
@@ -20,7 +20,7 @@ from bitwright.training.data import Dataset
 from bitwright.training.evaluate import evaluate
 from bitwright.training.folder import RunFolder, load_state
 from bitwright.training.interrupt import StopSignals
-from bitwright.training.recipe import Recipe, float_recipe
+from bitwright.training.recipe import Recipe, float_recipe, teacher_recipe
 from bitwright.training.recipe_file import dump_recipe
 from bitwright.training.report import Reporter
 from bitwright.training.setup import choose_device, float_model, place
@@ -35,9 +35,15 @@ class Partner:
 
 
 def get_partner(
-    recipe: Recipe, dataset: Dataset, *, cache: Path | None, reporter: Reporter, stop: StopSignals
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    cache: Path | None,
+    reporter: Reporter,
+    stop: StopSignals,
+    role: str = "float partner",
 ) -> Partner | None:
-    """The partner that the recipe asks for, or None.
+    """The partner that the recipe asks for, or None. role: what messages call it.
 
     Raises: BitwrightError for weights that cannot be had; Interrupted when a signal came during its training.
     """
@@ -45,13 +51,13 @@ def get_partner(
     if wanted is None:
         return None
     if wanted.checkpoint is None and not wanted.pretrained:
-        return _trained(recipe, dataset, cache, reporter, stop)
+        return _trained(recipe, dataset, cache, reporter, stop, role)
     given: dict[str, Any] = {"pretrained": True} if wanted.pretrained else {"checkpoint": wanted.checkpoint}
     model = place(float_model(recipe, dataset, extra=given), recipe, choose_device(recipe))
     batches = dataset.test_batches(batch_size=recipe.schedule.batch_size, device=choose_device(recipe))
     accuracy = evaluate(model, batches, check=stop.check).accuracy
     origin = "published weights" if wanted.pretrained else wanted.checkpoint
-    reporter.note(f"float partner: {origin}, accuracy {accuracy:.2%}")
+    reporter.note(f"{role}: {origin}, accuracy {accuracy:.2%}")
     return Partner(model.eval().requires_grad_(False), accuracy)
 
 
@@ -70,17 +76,29 @@ def partner_key(recipe: Recipe, dataset: Dataset) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
-def _trained(recipe: Recipe, dataset: Dataset, cache: Path | None, reporter: Reporter, stop: StopSignals) -> Partner:
+def get_teacher(
+    recipe: Recipe, dataset: Dataset, *, cache: Path | None, reporter: Reporter, stop: StopSignals
+) -> Partner | None:
+    """The teacher that the recipe asks for beside its partner, or None. Raises: as `get_partner`."""
+    if recipe.teacher is None:
+        return None
+    own = teacher_recipe(recipe, recipe.teacher)
+    return get_partner(own, dataset, cache=cache, reporter=reporter, stop=stop, role="teacher")
+
+
+def _trained(
+    recipe: Recipe, dataset: Dataset, cache: Path | None, reporter: Reporter, stop: StopSignals, role: str
+) -> Partner:
     from bitwright.training.loop import Trainer
 
     assert recipe.partner is not None
     own = float_recipe(recipe, recipe.partner)
     folder = RunFolder(cache_folder(cache) / "partners" / partner_key(recipe, dataset))
-    with _alone(folder.root, reporter, stop):
+    with _alone(folder.root, reporter, stop, role):
         if folder.summary.is_file():
-            reporter.note(f"float partner: trained before, from {folder.root}")
+            reporter.note(f"{role}: trained before, from {folder.root}")
         else:
-            reporter.note(f"float partner: {own.model.name} on {dataset.name}, {own.schedule.epochs} epochs")
+            reporter.note(f"{role}: {own.model.name} on {dataset.name}, {own.schedule.epochs} epochs")
             write_atomic(folder.recipe, dump_recipe(own))
             Trainer(own, dataset, folder, reporter=reporter, stop=stop).run(resume=folder.checkpoint.is_file())
         state = load_checkpoint(folder.checkpoint, digest=own.digest())
@@ -96,7 +114,7 @@ def _trained(recipe: Recipe, dataset: Dataset, cache: Path | None, reporter: Rep
 
 
 @contextmanager
-def _alone(root: Path, reporter: Reporter, stop: StopSignals) -> Iterator[None]:
+def _alone(root: Path, reporter: Reporter, stop: StopSignals, role: str) -> Iterator[None]:
     """Hold the lock of a cached partner: another process that wants the same one waits for it."""
     lock = root.with_suffix(".lock")
     try:
@@ -112,7 +130,7 @@ def _alone(root: Path, reporter: Reporter, stop: StopSignals) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if not waiting:
-                    reporter.note("float partner: another run is training it; waiting")
+                    reporter.note(f"{role}: another run is training it; waiting")
                 waiting = True
                 stop.check()
                 time.sleep(0.5)

@@ -101,6 +101,15 @@ class PartnerSection(Section):
         return self
 
 
+class TeacherSection(PartnerSection):
+    """The float network that `kd` learns from in the partner's place: another architecture, often a larger one.
+
+    model: as in a recipe; its weights come from where a partner's do.
+    """
+
+    model: ModelSection
+
+
 class CalibrationSection(Section):
     """samples: training images that set signedness and scales before the first step; batch_size: of those passes."""
 
@@ -116,9 +125,10 @@ class Recipe(Section):
     ordered list that comes after those. topology: of output quantizers (`bitwright.topology`); rules come after it
     too, so that they can change or remove its quantizers. reproducible: evaluation and file agree to the last bit
     (`bitwright.make_reproducible`), at the price of a slower file. methods: names, or {name: options}. partner: see
-    `PartnerSection`; None starts from fresh weights. amp: autocast of training steps; evaluation is float32. compile:
-    by Inductor; activation_memory: the share that it keeps then (`bitwright.compile_model`). threads:
-    of the CPU, default all cores; results are bit-identical for the same number only. device: auto, cpu, cuda, cuda:N.
+    `PartnerSection`; None starts from fresh weights. teacher: see `TeacherSection`; None: the partner teaches. amp:
+    autocast of training steps; evaluation is float32. compile: by Inductor; activation_memory: the share that it keeps
+    then (`bitwright.compile_model`). threads: of the CPU, default all cores; results are bit-identical for the same
+    number only. device: auto, cpu, cuda, cuda:N.
     """
 
     data: DataSection
@@ -136,6 +146,7 @@ class Recipe(Section):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     partner: PartnerSection | None = None
+    teacher: TeacherSection | None = None
     calibration: CalibrationSection = CalibrationSection()
     seed: int = 0
     amp: Literal["none", "bf16"] = "none"
@@ -149,6 +160,12 @@ class Recipe(Section):
     def _compiled_only(self) -> "Recipe":
         if self.activation_memory != 1.0 and not self.compile:
             raise ValueError("activation_memory needs compile: true")
+        return self
+
+    @model_validator(mode="after")
+    def _taught(self) -> "Recipe":
+        if self.teacher is not None and not any("kd" in entry for entry in self.methods):
+            raise ValueError("teacher: nothing learns from it; add kd to methods")
         return self
 
     _source: str = PrivateAttr("recipe")
@@ -199,7 +216,8 @@ class Recipe(Section):
         content = self.model_dump(mode="json", exclude={*WHERE})
         del content["data"]["dir"]
         # Keys that came later: with what was all there was before, earlier runs and partners keep their names.
-        for key, first in (("topology", "fpres"), ("activation_memory", 1.0), ("reproducible", False)):
+        later = {"topology": "fpres", "activation_memory": 1.0, "reproducible": False, "teacher": None}
+        for key, first in later.items():
             if content[key] == first:
                 del content[key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -213,6 +231,7 @@ def float_recipe(recipe: Recipe, partner: PartnerSection) -> Recipe:
             "rules": [],
             "methods": [],
             "partner": None,
+            "teacher": None,
             "optimizer": partner.optimizer,
             "schedule": partner.schedule,
             "seed": partner.seed,
@@ -227,5 +246,13 @@ def float_recipe(recipe: Recipe, partner: PartnerSection) -> Recipe:
             "calibration": CalibrationSection(),
         }
     )
+    made._source = recipe.source
+    return made
+
+
+def teacher_recipe(recipe: Recipe, teacher: TeacherSection) -> Recipe:
+    """The recipe whose partner is the teacher of `recipe`."""
+    origin = PartnerSection(**{name: getattr(teacher, name) for name in PartnerSection.model_fields})
+    made = recipe.model_copy(update={"model": teacher.model, "partner": origin, "teacher": None})
     made._source = recipe.source
     return made

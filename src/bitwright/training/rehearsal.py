@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from bitwright.step import Step
 from bitwright.training.data import Dataset
 from bitwright.training.methods import make_methods, method_context
-from bitwright.training.recipe import Recipe
+from bitwright.training.recipe import Recipe, teacher_recipe
 from bitwright.training.setup import blame, float_model, quantize
 
 
@@ -20,9 +20,12 @@ def rehearse(recipe: Recipe, dataset: Dataset) -> None:
     if not recipe.methods:
         return
     partner = None if recipe.partner is None else float_model(recipe, dataset, fresh=True).eval()
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = float_model(teacher_recipe(recipe, recipe.teacher), dataset, fresh=True).eval()
     example = torch.zeros(2, dataset.in_channels, dataset.image_size, dataset.image_size)
     with blame(recipe.source):
         methods = make_methods(
-            recipe.methods, method_context(recipe, dataset, model, partner, example, F.cross_entropy)
+            recipe.methods, method_context(recipe, dataset, model, partner, example, F.cross_entropy, teacher)
         )
         Step(model, F.cross_entropy, torch.optim.SGD(model.parameters()), methods)

@@ -8,7 +8,7 @@ from bitwright.training.folder import RunFolder
 from bitwright.training.interrupt import StopSignals
 from bitwright.training.loop import Trainer
 from bitwright.training.memory import keep_freed_memory
-from bitwright.training.partner import get_partner
+from bitwright.training.partner import get_partner, get_teacher
 from bitwright.training.recipe import Recipe
 from bitwright.training.recipe_file import dump_recipe
 from bitwright.training.rehearsal import rehearse
@@ -56,5 +56,6 @@ def _run(
 ) -> dict[str, Any]:
     keep_freed_memory()
     partner = get_partner(recipe, dataset, cache=cache, reporter=reporter, stop=stop)
-    trainer = Trainer(recipe, dataset, folder, partner=partner, reporter=reporter, stop=stop)
+    teacher = get_teacher(recipe, dataset, cache=cache, reporter=reporter, stop=stop)
+    trainer = Trainer(recipe, dataset, folder, partner=partner, teacher=teacher, reporter=reporter, stop=stop)
     return trainer.run(resume=folder.checkpoint.is_file())

@@ -52,13 +52,14 @@ def summarize(
     methods: Sequence[Method],
     *,
     float_accuracy: float | None,
+    teacher_accuracy: float | None,
     seconds: float,
     device: torch.device,
 ) -> dict[str, Any]:
     """The content of summary.json.
 
     model: the trained network, as it is evaluated. rows: of metrics.jsonl. methods: their own summaries, by name,
-    are under the key "methods". float_accuracy: of the partner; the key is
+    are under the key "methods". float_accuracy, teacher_accuracy: of the partner and of the teacher; the keys are
     absent where there is none. seconds: of training and evaluation, over all sessions of the run.
     """
     from bitwright.costs import cost_table
@@ -70,6 +71,7 @@ def summarize(
         "accuracy": accuracies[-1],
         "accuracy_best": max(accuracies),
         **({} if float_accuracy is None else {"float_accuracy": float_accuracy}),
+        **({} if teacher_accuracy is None else {"teacher_accuracy": teacher_accuracy}),
         "weight_bits": bits["weight"],
         "input_bits": bits["input"],
         "output_bits": bits["output"],
