@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitwright.layers import OUTPUT
@@ -43,17 +44,21 @@ class Comparison:
         return self.clean_flips <= allowed and self.clean_steps <= LARGEST_STEP
 
     def add(self, a: Tensor, b: Tensor, clean: Tensor) -> Tensor:
-        """Take in two code tensors (images, n); returns which images are still clean."""
-        off = (a - b).abs()
-        per_image = off.amax(1)
-        self.codes += off.numel()
-        self.flips += int((off > 0).sum())
-        self.steps = max(self.steps, int(per_image.max()))
-        if bool(clean.any()):
-            self.clean_codes += off[clean].numel()
-            self.clean_flips += int((off[clean] > 0).sum())
-            self.clean_steps = max(self.clean_steps, int(per_image[clean].max()))
-        return clean & (per_image == 0)
+        """Take in two int16 tensors of codes (images, n); returns which images are still clean."""
+        self.codes += a.numel()
+        self.clean_codes += int(clean.sum()) * a.shape[1]
+        if torch.equal(a, b):
+            return clean
+        apart = (a != b).any(1)
+        off = (a[apart] - b[apart]).abs()
+        counts, steps = off.count_nonzero(1), off.amax(1)
+        self.flips += int(counts.sum())
+        self.steps = max(self.steps, int(steps.max()))
+        before = clean[apart]
+        if bool(before.any()):
+            self.clean_flips += int(counts[before].sum())
+            self.clean_steps = max(self.clean_steps, int(steps[before].max()))
+        return clean & ~apart
 
 
 @dataclass

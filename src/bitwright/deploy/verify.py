@@ -167,9 +167,11 @@ class Recorder:
         """A hook that reads codes off the values that the training form computes with."""
 
         def hook(_module: nn.Module, _args: Any, y: Tensor) -> None:
-            steps = y.double() / codes.along_axis(codes.scale, y.ndim).double()
-            k = (steps + codes.along_axis(codes.zero, y.ndim).double()).round()
-            self.training.setdefault(codes.name, []).append(k.to(torch.int16))
+            # The values are within rounding of a code, so that float32 tells which.
+            k = y / codes.along_axis(codes.scale, y.ndim)
+            if codes.shifted:
+                k = k + codes.along_axis(codes.zero, y.ndim)
+            self.training.setdefault(codes.name, []).append(k.round().to(torch.int16))
 
         return hook
 
@@ -177,7 +179,9 @@ class Recorder:
         """A hook that keeps the codes that the frozen form computes with."""
         assert isinstance(codes, InputCodes)
         self.note(codes.name)
-        k = (centered + codes.along_axis(codes.zero, centered.ndim).double()).round()
+        k = centered
+        if codes.shifted:
+            k = (k + codes.along_axis(codes.zero, centered.ndim).double()).round()
         self.frozen.setdefault(codes.name, []).append(k.to(torch.int16))
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
