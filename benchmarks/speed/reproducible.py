@@ -2,9 +2,9 @@
 
     python benchmarks/speed/reproducible.py --out benchmarks/speed/reproducible.csv
 
-A ViT-tiny with the default topology, ResNets with float sums (`fpres`). Weights as initialized. Runs alternate; times are
-the thread's processor time, so that other work on the machine counts little. `ratio` is the median of the ratios of
-neighbouring runs, with its quartiles.
+A ViT-tiny with the default topology, ResNets with float sums (`fpres`), weights as initialized. Runs alternate; times
+are the thread's processor time, so that other work on the machine counts little. `ratio` is the median of the ratios
+of neighbouring runs, with its quartiles.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """Convolutions with float outputs in reproducible networks: PyTorch, frozen form and onnxruntime to the last bit."""
 
+import copy
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -11,10 +13,12 @@ from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.deploy import export, freeze, snap_biases, verify
+from bitwright.deploy.bench import bench
 from bitwright.deploy.exact_conv import bounds
 from bitwright.deploy.integer import IntConv
 from bitwright.layers.whole import EXACT
 from bitwright.training.models.resnet import CifarResNet
+from bitwright.training.vision import import_timm
 
 
 def in_runtime(model: nn.Module, x: Tensor, path) -> Tensor:
@@ -166,6 +170,29 @@ def test_other_topologies_agree_too(topology, tmp_path):
     reproducible(settle(model, 16, 3, 16, 16), "w3a3", x, topology)
     snap_biases(model, x[:2])
     assert agree(model, x, tmp_path / "net.onnx")
+
+
+def test_scalings_are_no_convolutions(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 16, 3)), images(16)
+    twin = copy.deepcopy(model)
+    export(reproducible(model, "w4a4", x), tmp_path / "net.onnx", x[:2])
+    report = bench(tmp_path / "net.onnx", twin, x[:1], threads=1, runs=2)
+    assert sum(report.float_kernels.values()) == sum(report.integer_kernels.values()) == 1
+
+
+def test_layers_of_timm_agree(tmp_path):
+    timm = import_timm()
+    torch.manual_seed(0)
+    parts = [timm.layers.Conv2dSame(16, 8, 3, 2), timm.layers.BatchNormAct2d(8), timm.layers.Conv2dSame(8, 4, 4)]
+    x = images(16)
+    model = reproducible(settle(nn.Sequential(*parts), *x.shape), "w2a2", x)
+    assert agree(model, x, tmp_path / "net.onnx")
+
+
+def images(channels: int) -> Tensor:
+    """(24, channels, 11, 11)."""
+    return torch.randn(24, channels, 11, 11)
 
 
 class Fork(nn.Module):

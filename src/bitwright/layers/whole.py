@@ -28,8 +28,9 @@ class Whole:
 
 def evaluates(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether a layer in evaluation may compute on `x` what has no gradient: eager, in float32, with none wanted."""
-    plain = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-    return plain and not torch.compiler.is_compiling() and not wants_gradient(x, *parameters)
+    if torch.compiler.is_compiling() or x.dtype != torch.float32:
+        return False
+    return not torch.is_autocast_enabled(x.device.type) and not wants_gradient(x, *parameters)
 
 
 def whole_input(quantizer: nn.Module | None, values: Tensor) -> Whole | None:
