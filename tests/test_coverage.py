@@ -77,3 +77,14 @@ def test_attention_whose_products_stay_float_is_listed():
     model, x = nn.Sequential(WindowAttention()), torch.randn(2, 3)
     bw.calibrate(bw.prepare(model, bw.rules("w4a4")), [x])
     assert bw.coverage(model, x).notes == {"0": "a WindowAttention: its products have no quantized form"}
+
+
+def test_the_weights_of_reproducible_layers_count():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2)).eval()
+    x = torch.randn(4, 3, 8, 8)
+    bw.prepare(model, bw.rules("w4a4"))
+    bw.make_reproducible(bw.calibrate(model, [x]).eval())
+    assert bw.coverage(model, x).complete
+    model[0].weight_quantizer.bypass = True
+    assert bw.coverage(model, x).missed == ("0.weight_quantizer",)
+    assert not {"forward", "integer_codes"} & set(vars(model[0].weight_quantizer))

@@ -25,6 +25,9 @@ COMPUTING = (
     nn.RNNCellBase,
 )
 
+# How a tensor is quantized: as values, or as the integers of a reproducible layer's weight.
+WAYS = ("forward", "integer_codes")
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -58,26 +61,27 @@ def coverage(model: nn.Module, batch: Any) -> Coverage:
     called: set[str] = set()
     # Not hooks: torch leaves its fused paths where it sees any, and this pass would not be the one that evaluates.
     for name, quantizer in found.items():
-        quantizer.forward = remembering(quantizer, name, called)  # pyright: ignore[reportAttributeAccessIssue]
+        for way in WAYS:
+            setattr(quantizer, way, remembering(quantizer, name, called, getattr(quantizer, way)))
     try:
         with evaluating(model), torch.no_grad():
             model(batch_inputs(batch).to(device_of(model)))
     finally:
         for quantizer in found.values():
-            del quantizer.forward
+            for way in WAYS:
+                delattr(quantizer, way)
     left, notes = stayed_float(model)
     ran = tuple(n for n in found if n in called)
     return Coverage(ran, tuple(n for n in found if n not in called), left, notes)
 
 
-def remembering(quantizer: Quantizer, name: str, called: set[str]) -> Callable[[Tensor], Tensor]:
-    """`quantizer.forward` that adds `name` to `called` when it quantizes."""
-    forward = quantizer.forward
+def remembering(quantizer: Quantizer, name: str, called: set[str], way: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`way`, a method of `quantizer`, that adds `name` to `called` when it quantizes."""
 
     def remember(x: Tensor) -> Tensor:
         if not quantizer.bypass:
             called.add(name)
-        return forward(x)
+        return way(x)
 
     return remember
 

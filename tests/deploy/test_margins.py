@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitwright.deploy.margins import FARTHEST, exact_scales, undecided
-from bitwright.deploy.significant import MOST
+from bitwright.layers.significant import MOST
 
 SCALE, OUTPUT = 0.0173, 0.0391
 

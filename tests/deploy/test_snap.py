@@ -12,8 +12,8 @@ from bitwright.deploy import export, freeze, snap_biases, verify
 from bitwright.deploy.compact import fixed, floating, whole
 from bitwright.deploy.integer import IntLayer
 from bitwright.deploy.probe import read
-from bitwright.deploy.significant import significant_bits
 from bitwright.deploy.targets import packed_loader
+from bitwright.layers.significant import significant_bits
 
 
 class Separable(nn.Module):

@@ -224,3 +224,17 @@ def test_without_a_compiler(tmp_path):
     assert done.stdout.split() == ["reference"]
     assert done.stderr.count("native kernels are off") == 1
     np.testing.assert_array_equal(np.load(out), load(path).run(x))
+
+
+def test_reproducible_convolutions_with_float_sums_run_here_to_the_last_bit(tmp_path):
+    torch.manual_seed(0)
+    model, x = CifarResNet(8, 10, 3, width=8).eval(), torch.randn(8, 3, 16, 16)
+    bw.prepare(model, bw.rules("w3a3") + bw.topology(model, x, "fpres"))
+    bw.make_reproducible(bw.calibrate(model, [x]).eval())
+    path = tmp_path / "net.onnx"
+    bw.export(model, path, x[:2])
+    for kernels in ("reference", None):
+        session = load(path) if kernels is None else load(path, kernels=kernels)
+        np.testing.assert_array_equal(session.values(x.numpy())[session.output], in_onnxruntime(path, x.numpy())[0])
+    convolutions = [row["layer"] for row in session.describe() if row["op"] == "Conv"]
+    assert {"conv1", "layer1.0.conv2", "layer3.0.conv2"} <= set(convolutions)

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from bitwright.deploy.integer import symbol
 from bitwright.errors import BitwrightError
 from bitwright.layers import QuantBatchNorm2d, QuantConv1d, QuantConv2d, QuantLinear, attach_output, has_output
+from bitwright.layers.reproducible import FoldedNorm
 from bitwright.prepare import quant_layers, quantizers, set_bypass
 from bitwright.quantizer import Quantizer
 
@@ -75,7 +76,7 @@ def is_plain_norm(module: nn.Module) -> bool:
     """Whether `module` normalises and does nothing else, or is timm's norm with `drop` and `act` behind it."""
     plain = (nn.BatchNorm1d, nn.BatchNorm2d, QuantBatchNorm2d, nn.SyncBatchNorm)
     timm_norm = type(module).__module__.startswith("timm.") and type(module).__name__ == "BatchNormAct2d"
-    return type(module) in plain or timm_norm
+    return type(module) in plain or isinstance(module, FoldedNorm) or timm_norm
 
 
 def without_norm(module: Any) -> nn.Module:

@@ -1,6 +1,6 @@
 """Numbers per channel in as few bits as hold them: a stream of bits beside a handful of whole numbers; lossless.
 
-Scales and biases are rounded to few significant bits before the last evaluation (`bitwright.deploy.significant`). Here
+Scales and biases are rounded to few significant bits before the last evaluation (`bitwright.layers.significant`). Here
 they are only looked at: numbers that are not short come back as None and are stored in float32.
 """
 

@@ -11,14 +11,6 @@ from torch import Tensor, nn
 
 from bitwright.deploy.attention import IntMultiheadAttention, IntProducts, IntTimmAttention, window_attend
 from bitwright.deploy.capture import Captured, Surroundings, captured, surroundings, without_norm
-from bitwright.deploy.fold import (
-    Weight,
-    folded_bias,
-    folded_weight,
-    integer_weight,
-    norm_affine,
-    on_bias_grid,
-)
 from bitwright.deploy.integer import (
     InputCodes,
     IntAdd,
@@ -44,6 +36,14 @@ from bitwright.layers import (
     quantizer_in,
 )
 from bitwright.layers.attention import PRODUCT_SLOTS, QuantAttentionBase
+from bitwright.layers.fold import (
+    Weight,
+    folded_bias,
+    folded_weight,
+    integer_weight,
+    norm_affine,
+    with_bias,
+)
 from bitwright.prepare import quant_layers, quantizers
 
 
@@ -153,12 +153,17 @@ def input_codes(layer: nn.Module, slot: str, name: str) -> InputCodes | None:
     return InputCodes(full, quantizer.affine(), quantizer.shape.axis, int(quantizer.bits.item()), shared)
 
 
+def on_sums(layer: QuantLayer, plan: Plan) -> bool:
+    """Whether a convolution's bias is added to its integer sums: by an integer kernel, or for reproducibility."""
+    return plan.integer_bias or layer.reproducible
+
+
 def weight_and_bias(
     layer: QuantLayer, name: str, plan: Plan, codes: InputCodes | None
 ) -> tuple[Weight | Tensor, Tensor | None, Tensor | None]:
     """(weight, bias float64, bias codes) of a convolution or linear layer after folding.
 
-    Only convolutions take biases on the integer grid: runtimes add a linear layer's bias in floating point.
+    Only convolutions take biases on the integer grid: a linear layer's is added in floating point.
     """
     norm = plan.norm
     raw = layer.weight_of("weight_quantizer")
@@ -167,13 +172,10 @@ def weight_and_bias(
         factor = 1.0 if norm is None else norm_affine(norm)[0].view(-1, *[1] * (raw.ndim - 1))
         return (raw.detach().double() * factor).float(), bias, None
     weight = folded_weight(integer_weight(layer.weight_quantizer, raw, name), norm)
-    integer = isinstance(layer, QuantConv1d | QuantConv2d) and weight.numbers.dtype == torch.int8 and plan.integer_bias
-    if bias is None or codes is None or not integer or not codes.integer:
+    convolution = isinstance(layer, QuantConv1d | QuantConv2d) and weight.numbers.dtype == torch.int8
+    if bias is None or codes is None or not codes.integer or not (convolution and on_sums(layer, plan)):
         return weight, bias, None
-    weight, bias_codes = on_bias_grid(weight, bias, codes.scale, codes.reach)
-    if bias_codes is not None:
-        bias = bias_codes * (codes.scale.double() * weight.scale.double())
-    return weight, bias, bias_codes
+    return with_bias(weight, bias, codes.scale, codes.reach)
 
 
 def frozen_weight_layer(layer: QuantLayer, name: str, plan: Plan, make: Callable[..., IntLayer]) -> IntLayer:
@@ -181,7 +183,7 @@ def frozen_weight_layer(layer: QuantLayer, name: str, plan: Plan, make: Callable
     codes = input_codes(layer, "input_quantizer", name)
     weight, bias, bias_codes = weight_and_bias(layer, name, plan, codes)
     made = make(name=name, weight=weight, bias=bias, bias_codes=bias_codes, input_quantizer=codes)
-    made.late_bias = plan.integer_bias and bias_codes is None
+    made.late_bias = on_sums(layer, plan) and bias_codes is None
     made.reproducible = layer.reproducible
     return made
 

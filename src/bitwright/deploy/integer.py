@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitwright.deploy.fold import Weight, along_first, magnitudes
 from bitwright.grids import Affine
 from bitwright.kernels.reproducible import scaled
 from bitwright.layers.conv import same_padding
+from bitwright.layers.fold import Weight, along_first, magnitudes
 
 DOMAIN = "bitwright"
 KEEP = "Keep"  # what stands for a product that is rounded to float32 before anything reads it
@@ -206,6 +206,9 @@ class IntLayer(nn.Module):
         view = lambda t: t.double().view(-1, *[1] * trailing)  # noqa: E731
         if self.bias_codes is not None:
             sums = sums + view(self.bias_codes)
+        if self.reproducible and self.integer and self.input_quantizer is not None and self.weight_scale is not None:
+            bias = None if self.bias is None or self.bias_codes is not None else view(self.bias).float()
+            return scaled(sums, self.input_quantizer.scale, view(self.weight_scale).float(), bias)
         if self.weight_scale is not None:
             factor = factor * view(self.weight_scale)
         y = sums * factor
@@ -267,10 +270,7 @@ class IntLinear(IntLayer):
         if self.placeholder:
             return self.symbol(x, (*x.shape[:-1], self.numbers.shape[0]), x.dtype)
         numbers, weight, factor = self.operands(x)
-        sums = F.linear(numbers, weight)
-        if self.reproducible and self.integer and self.input_quantizer is not None and self.weight_scale is not None:
-            return scaled(sums, self.input_quantizer.scale, self.weight_scale, self.bias)
-        return self.scaled(sums.double(), factor, 0, x.dtype)
+        return self.scaled(F.linear(numbers, weight).double(), factor, 0, x.dtype)
 
 
 class IntEmbedding(IntLayer):

@@ -30,7 +30,7 @@ from bitwright.deploy.packing import (
 from bitwright.errors import BitwrightError
 
 # Ends of the names that `verify` and readers of a file ask for.
-ASKED_FOR = (".codes", ".weight", ".split_weight", ".bias", ".negative_bias", ".table_scale")
+ASKED_FOR = (".codes", ".weight", ".split_weight", ".bias", ".negative_bias", ".table_scale", ".scales", ".bias_sums")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class Lowering(GraphBuilder):
         """Note the layers of the network whose placeholders are replaced."""
         self.layers = {m.name: m for m in frozen.modules() if isinstance(m, IntLayer)}
         self.quantizers = {m.name: m for m in frozen.modules() if isinstance(m, InputCodes)}
+
+    def look_at_graph(self, graph: onnx.GraphProto) -> None:
+        """Note what surrounds the placeholders."""
 
     def unpacked(self, layer: IntLayer, transpose: bool) -> str:
         """The integer weight (FLOAT where it does not fit INT8), stored at its own width; made once per layer."""
@@ -145,11 +148,13 @@ class Lowering(GraphBuilder):
             x = self.quantized(codes, x, integer=layer.integer, pads=apart, mode=mode)
         elif apart is not None:
             x = self.padded(x, pads, mode, at)
+        self.finish(layer, at, [x, self.weight(layer)], y, self.window(layer, pads if apart is None else []))
+
+    def window(self, layer: IntConv, pads: list[int]) -> dict[str, Any]:
+        """The attributes of a convolution that is padded by `pads`."""
         kept: dict[str, Any] = {"group": layer.groups} if layer.groups > 1 else {}
         kept |= {k: v for k, v in (("strides", layer.stride), ("dilations", layer.dilation)) if set(v) != {1}}
-        if apart is None and any(pads):
-            kept["pads"] = pads
-        self.finish(layer, at, [x, self.weight(layer)], y, kept)
+        return kept | {"pads": pads} if any(pads) else kept
 
     def finish(self, layer: IntConv, at: str, inputs: list[str], y: str, kept: dict[str, Any]) -> None:
         """The node, and its bias: an int32 tensor where integer kernels can add it."""
@@ -249,6 +254,7 @@ def lower(
     """
     work = kind(clippings=clippings(model.graph), read_once=read_once(model.graph))
     work.look_at(frozen)
+    work.look_at_graph(model.graph)
     used = {name for node in model.graph.node for name in node.input}
     for tensor in model.graph.initializer:
         if tensor.name in used:

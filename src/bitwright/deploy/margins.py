@@ -11,7 +11,7 @@ different codes, at 8 bits in a few of a million. The sums are integers, so all 
 import torch
 from torch import Tensor
 
-from bitwright.deploy.significant import MOST, neighbours
+from bitwright.layers.significant import MOST, neighbours
 
 # Numbers of `MOST` significant bits that are tried on each side: a scale moves by 0.3 % at most.
 FARTHEST = 24

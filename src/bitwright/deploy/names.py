@@ -21,6 +21,8 @@ ENDS = {
     ".bias": ".b",
     ".negative_bias": ".n",
     ".table_scale": ".t",
+    ".scales": ".p",
+    ".bias_sums": ".q",
 }
 LONG = {short: long for long, short in ENDS.items()}
 # Says in a file's metadata that its names are short ones.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bitwright.deploy.builder import QUANTIZER
 from bitwright.deploy.capture import first_line
+from bitwright.deploy.exact_conv import shown
 from bitwright.deploy.integer import DOMAIN, IntEmbedding, IntLayer, IntLinear
 from bitwright.deploy.names import spelled_out
 from bitwright.deploy.split import SPLIT, unsplit
@@ -108,6 +109,7 @@ def probe_graph(proto: onnx.ModelProto, path: Path, layers: dict[str, IntLayer],
             copy.graph.node.extend([cast, scale])
     split = {node.output[0].removesuffix(SPLIT): node for node in proto.graph.node if node.output[0].endswith(SPLIT)}
     copy.graph.node.extend(unsplit(node, name) for name, node in split.items())
+    copy.graph.node.extend(shown(proto.graph, layers))
     present = {out for node in copy.graph.node for out in node.output}
     present |= {t.name for t in copy.graph.initializer}
     biases = {

@@ -1,4 +1,4 @@
-"""`Lowering` for onnxruntime, with norms, softmax and GELU that come out the same everywhere."""
+"""`Lowering` for onnxruntime, with norms, softmax, GELU and convolutions that come out the same everywhere."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,8 +8,8 @@ from onnx import NodeProto, helper
 from torch import Tensor, nn
 
 from bitwright.deploy.builder import QUANTIZER, container_zero
-from bitwright.deploy.compact_lowering import CompactLowering
 from bitwright.deploy.elementary import FUNCTIONS, GELU, GELU_CODES, NORM, POOL, SOFTMAX, gelu_runs
+from bitwright.deploy.exact_conv import ExactConvLowering
 from bitwright.deploy.integer import DOMAIN, InputCodes, symbol
 from bitwright.layers.reproducible import (
     Reproducible,
@@ -30,7 +30,7 @@ def stand_for(module: Any, x: Tensor) -> Tensor:
 
 
 @dataclass
-class ReproducibleLowering(CompactLowering):
+class ReproducibleLowering(ExactConvLowering):
     """norms: by name. gelus: inputs of those whose output one node alone reads, by output."""
 
     norms: dict[str, ReproducibleLayerNorm] = field(default_factory=dict)

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.deploy.capture import Captured, captured, norm_readers
-from bitwright.deploy.fold import folded_bias, norm_affine
 from bitwright.deploy.freeze import Plan, check_ready, input_codes, layer_plans, weight_and_bias
 from bitwright.deploy.integer import InputCodes
 from bitwright.deploy.margins import exact_scales
-from bitwright.deploy.significant import (
+from bitwright.deploy.ties import part_ties
+from bitwright.grids.lsq import LSQ
+from bitwright.layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLinear
+from bitwright.layers.fold import folded_bias, norm_affine
+from bitwright.layers.significant import (
     MOST,
     MOST_TOGETHER,
     bias_bits,
@@ -20,9 +23,6 @@ from bitwright.deploy.significant import (
     rounded_together,
     significant_bits,
 )
-from bitwright.deploy.ties import part_ties
-from bitwright.grids.lsq import LSQ
-from bitwright.layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLinear
 from bitwright.prepare import quant_layers, quantizers
 
 
@@ -33,7 +33,7 @@ def snap_biases(model: nn.Module, example: Tensor) -> int:
     Integer runtimes add a convolution's bias as int32 at the step input scale * weight scale. Rounding it only in
     the file flips about 1 % of a 2-bit network's codes; rounding it here first makes the accuracy measured
     afterwards that of the shipped network. Scales per channel, float biases and layer norms become numbers of few
-    significant bits, which a file holds in few bits (`bitwright.deploy.significant`). Scales of quantizers behind one
+    significant bits, which a file holds in few bits (`bitwright.layers.significant`). Scales of quantizers behind one
     another (residual sums) move by a fraction of a percent, so that no value between them lies on a tie
     (`bitwright.deploy.ties`). Call it once, before the last evaluation.
 

@@ -13,7 +13,8 @@ from bitwright.kernels import keep_sources
 from bitwright.kernels.product import linear
 from bitwright.kernels.reproducible import softmax
 from bitwright.layers.base import QuantLayer, apply
-from bitwright.layers.whole import evaluates, whole_linear, whole_product
+from bitwright.layers.sums import linear_sums
+from bitwright.layers.whole import evaluates, whole_product
 from bitwright.quantizer import Quantizer
 
 PRODUCT_SLOTS = ("query_quantizer", "key_quantizer", "value_quantizer", "attention_quantizer")
@@ -122,8 +123,8 @@ class QuantMultiheadAttention(QuantAttentionBase, nn.MultiheadAttention):
         if not evaluates(inputs[0], self.in_proj_weight):
             return None
         weight = (self.in_proj_weight, self.weight_quantizer, self.in_proj_bias)
-        made = [whole_linear(x, self.input_quantizer, *weight) for x in inputs]
-        parts = [y.chunk(3, -1) for y in made if y is not None]
+        made = [linear_sums(x, self.input_quantizer, *weight) for x in inputs]
+        parts = [sums.finished().chunk(3, -1) for sums in made if sums is not None]
         return [parts[i % len(parts)][i] for i in range(3)] if parts else None
 
     def forward(

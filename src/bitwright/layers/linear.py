@@ -7,7 +7,8 @@ from bitwright.grids import Shape
 from bitwright.kernels import keep_sources
 from bitwright.kernels.product import linear
 from bitwright.layers.base import QuantLayer, apply
-from bitwright.layers.whole import evaluates, whole_linear
+from bitwright.layers.sums import linear_sums
+from bitwright.layers.whole import evaluates
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -19,9 +20,9 @@ class QuantLinear(QuantLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         x = apply(self.input_quantizer, input)
         if self.reproducible and not self.training and evaluates(x, self.weight):
-            y = whole_linear(x, self.input_quantizer, self.weight, self.weight_quantizer, self.bias)
-            if y is not None:
-                return y
+            sums = linear_sums(x, self.input_quantizer, self.weight, self.weight_quantizer, self.bias)
+            if sums is not None:
+                return sums.noted()
         w = apply(self.weight_quantizer, self.weight)
         with keep_sources(x, w):
             return linear(x, w, self.bias)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from bitwright.errors import BitwrightError
 from bitwright.kernels import reproducible as kernels
 from bitwright.layers.base import QuantLayer
-from bitwright.layers.waiting import QuantGELU
+from bitwright.layers.sums import normed
+from bitwright.layers.waiting import QuantBatchNorm2d, QuantGELU
 from bitwright.layers.whole import evaluates
 
 
@@ -57,6 +58,22 @@ class ReproducibleGELU(Reproducible, QuantGELU):
         return kernels.gelu(input)
 
 
+class FoldedNorm:
+    """A BatchNorm that evaluates, behind a reproducible layer, what the deployed network has in its place."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = normed(self, input)
+        return super().forward(input) if y is None else y  # pyright: ignore
+
+
+class ReproducibleBatchNorm1d(FoldedNorm, nn.BatchNorm1d):
+    """`nn.BatchNorm1d`."""
+
+
+class ReproducibleSyncBatchNorm(FoldedNorm, nn.SyncBatchNorm):
+    """`nn.SyncBatchNorm`."""
+
+
 class ReproduciblePool(Reproducible, nn.AdaptiveAvgPool2d):
     """`nn.AdaptiveAvgPool2d(1)`."""
 
@@ -68,12 +85,25 @@ class ReproduciblePool(Reproducible, nn.AdaptiveAvgPool2d):
         return kernels.pooled(input)
 
 
+FOLDED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: ReproducibleBatchNorm1d,
+    nn.BatchNorm2d: QuantBatchNorm2d,
+    nn.SyncBatchNorm: ReproducibleSyncBatchNorm,
+}
+
+
 def reproducible_class(module: nn.Module) -> type[Any] | None:
     """The class that `module` becomes, or None."""
     kind = type(module)
     ours = kind.__module__.startswith(("torch.nn.", "timm.layers.", "torchvision."))
     if isinstance(module, nn.LayerNorm) and ours and len(module.normalized_shape) == 1:
         return {"LayerNorm": ReproducibleLayerNorm, "LayerNorm2d": ReproducibleLayerNorm2d}.get(kind.__name__)
+    if kind in FOLDED:
+        return FOLDED[kind]
+    if kind.__name__ == "BatchNormAct2d" and ours:
+        from bitwright.layers.timm_norm import ReproducibleBatchNormAct2d
+
+        return ReproducibleBatchNormAct2d
     if kind is nn.AdaptiveAvgPool2d:
         return ReproduciblePool if module.output_size in (1, (1, 1)) else None
     return ReproducibleGELU if kind in (nn.GELU, QuantGELU) and module.approximate == "none" else None  # pyright: ignore
@@ -87,8 +117,8 @@ def make_reproducible(model: nn.Module) -> nn.Module:
     records gradients. Call it before weights are loaded or after, and before the evaluation that counts.
 
     Layers: `nn.LayerNorm` (also timm's and torchvision's, over channels too), `nn.GELU`, `nn.AdaptiveAvgPool2d(1)`,
-    and the attention, convolutions and linear layers that `prepare` quantizes. Functions that a model's own forward
-    calls stay as they are.
+    the attention, convolutions and linear layers that `prepare` quantizes, and BatchNorms that alone read one of these.
+    Functions that a model's own forward calls stay as they are.
 
     Args:
         model: prepared.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from bitwright.kernels import reproducible
 from bitwright.kernels.fused import wants_gradient
+from bitwright.layers.fold import Weight, integer_weight
 from bitwright.layers.output import SharedInput
 from bitwright.quantizer import Quantizer
 
@@ -15,15 +16,21 @@ EXACT = 2**24  # float32 holds every integer below
 
 @dataclass(frozen=True)
 class Whole:
-    """A quantized tensor: numbers * scale. numbers: integers, float32. scale: (channels,) along axis 0, or (1,)."""
+    """A quantized tensor: numbers * scale. numbers: integers, float32. scale: (channels,) along axis 0, or (1,).
+
+    reach: the largest |number| that the codes allow.
+    """
 
     numbers: Tensor
     scale: Tensor
+    reach: int
 
 
 def evaluates(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether a layer in evaluation may compute on `x` what has no gradient: eager, in float32, with none wanted."""
-    return x.dtype == torch.float32 and not torch.compiler.is_compiling() and not wants_gradient(x, *parameters)
+    if torch.compiler.is_compiling() or x.dtype != torch.float32:
+        return False
+    return not torch.is_autocast_enabled(x.device.type) and not wants_gradient(x, *parameters)
 
 
 def whole_input(quantizer: nn.Module | None, values: Tensor) -> Whole | None:
@@ -35,34 +42,27 @@ def whole_input(quantizer: nn.Module | None, values: Tensor) -> Whole | None:
     inside = (affine.zero == affine.zero.round()) & (affine.zero >= affine.lo) & (affine.zero <= affine.hi)
     if affine.scale.numel() > 1 or affine.zero.numel() > 1 or not bool(inside):
         return None
-    return Whole((values / affine.scale).round(), affine.scale)
+    zero = int(affine.zero)
+    return Whole((values / affine.scale).round(), affine.scale, max(zero - affine.lo, affine.hi - zero))
 
 
-def whole_weight(quantizer: Quantizer | None, weight: Tensor) -> Whole | None:
-    """The integers of a weight, as `bitwright.deploy.fold.integer_weight` has them; None where int8 has not."""
+def whole_weight(quantizer: Quantizer | None, weight: Tensor) -> Weight | None:
+    """The weight as deployment has it; None where int8 has not."""
     if quantizer is None or quantizer.bypass:
         return None
     affine = quantizer.affine(weight)
-    step = 1 if bool((affine.zero == affine.zero.round()).all()) else 2
-    numbers = step * (quantizer.integer_codes(weight) - affine.zero)
-    small = bool((numbers >= -128).all() and (numbers <= 127).all())
-    return Whole(numbers, affine.scale / step) if small and affine.zero.numel() == 1 else None
-
-
-def whole_linear(
-    x: Tensor, quantizer: nn.Module | None, weight: Tensor, weight_quantizer: Quantizer | None, bias: Tensor | None
-) -> Tensor | None:
-    """A linear layer of quantized `x`, (..., in), and float `weight`, (out, in); None where it is not on integers."""
-    left, right = whole_input(quantizer, x), whole_weight(weight_quantizer, weight)
-    if left is None or right is None:
+    zero, finite = affine.zero.double() * 2, weight.isfinite().all() & affine.scale.isfinite().all()
+    if zero.numel() > 1 or not bool(finite & (zero == zero.round()).all()):
         return None
-    return reproducible.scaled(product(left.numbers, right.numbers), left.scale, right.scale, bias)
+    found = integer_weight(quantizer, weight, quantizer.name)
+    return found if found.numbers.dtype == torch.int8 else None
 
 
 def exact_in_float(a: Tensor, b: Tensor) -> bool:
     """Whether float32 holds all partial sums of a product of integers; b: (..., k, n), n being summed over."""
     fits = float(a.abs().amax()) * float(b.abs().sum(-1).amax()) < EXACT
-    return fits and torch.get_float32_matmul_precision() == "highest"
+    # Elsewhere than on a CPU, convolutions may go through transforms that are inexact on integers.
+    return fits and a.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

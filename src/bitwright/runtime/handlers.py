@@ -1,19 +1,21 @@
 """What each kind of node becomes: a handler emits it and says so, or leaves it to onnxruntime."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
 from bitwright.runtime.constants import Graph
-from bitwright.runtime.ops import Add, AddFloat, Codes, Conv, Dequantize, MaxPool, Mean, Quantize, Table, View, Window
+from bitwright.runtime.ops import Add, AddFloat, Codes, Conv, MaxPool, Mean, Quantize, Table, View, Window
 from bitwright.runtime.patterns import (
     grid_of,
     quantizer_of,
     requantization,
     tail_of,
     weight_of,
+    whole,
+    whole_weight,
     window_of,
 )
 from bitwright.runtime.planner import Handlers, Planner, Value, to_planar
@@ -45,14 +47,12 @@ def quantize(plan: Planner, node: NodeProto) -> bool:
 
 
 def dequantize(plan: Planner, node: NodeProto) -> bool:
-    """DequantizeLinear: nothing to do, the value stays codes."""
+    """DequantizeLinear: nothing to do, the value stays codes, if with a scale of its own then of another grid."""
     x = plan.values.get(node.input[0])
     grid = grid_of(plan.graph, node)
-    if x is None or x.codes is None or grid is None:
+    if x is None or x.codes is None or grid is None or grid.zero != x.codes.zero:
         return False
-    if (grid.scale, grid.zero) != (x.codes.scale, x.codes.zero):
-        return False
-    plan.values[node.output[0]] = x
+    plan.values[node.output[0]] = replace(x, codes=replace(x.codes, scale=grid.scale))
     return True
 
 
@@ -77,6 +77,8 @@ def conv(plan: Planner, node: NodeProto) -> bool:
     """A convolution over images of codes; what follows it up to a quantizer belongs to it."""
     graph = plan.graph
     x, weight = plan.codes_of(node.input[0]), weight_of(graph, node.input[1])
+    if weight is None and x is not None and x.codes is not None and x.codes.scale == 1:
+        weight = whole_weight(graph, node.input[1])
     if x is None or x.codes is None or weight is None or weight.numbers.dtype != np.int8 or weight.numbers.ndim != 4:
         return False
     window = window_of(graph, node, weight.numbers.shape[2:])
@@ -97,7 +99,25 @@ def conv(plan: Planner, node: NodeProto) -> bool:
             late = graph.array(node.input[2])
             if late is None or late.shape != (out,):
                 return False
+    sums = scaled_behind(plan, node, out) if (step == 1).all() else None
+    if sums is not None and (late is None or whole(late, 2**24)):
+        node, step = sums
+        bias, late = (bias if late is None else late.astype(np.int32)), None
     return weighted(plan, node, Linear(weight.numbers, bias, step, x, window, groups, late))
+
+
+def scaled_behind(plan: Planner, node: NodeProto, channels: int) -> tuple[NodeProto, NDArray[np.float32]] | None:
+    """Sums of integers that are scaled behind a convolution, by Sum and Mul: (the node with these, the scales)."""
+    kept = plan.graph.sole_reader(node.output[0])
+    scaling = plan.graph.sole_reader(kept.output[0]) if kept is not None and kept.op_type == "Sum" else None
+    if kept is None or scaling is None or scaling.op_type != "Mul" or len(kept.input) > 1:
+        return None
+    step = plan.graph.array(scaling.input[1])
+    if step is None or step.dtype != np.float32 or step.shape not in ((channels, 1, 1), (1, 1, 1)):
+        return None
+    plan.take([kept, scaling])
+    scales = np.broadcast_to(step.reshape(-1), (channels,)).astype(np.float32)
+    return NodeProto(name=node.name or node.output[0], output=[scaling.output[0]]), scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +198,7 @@ def add(plan: Planner, node: NodeProto) -> bool:
     if a.codes is not None and b.codes is not None and tail.codes is not None:
         first, second = a.codes, b.codes
         return plan.finish(node, lambda codes, _: Add(first, second, codes or first), [a, b])
-    floats = [plan.derived(v, "float", Dequantize(v.codes), codes=None) if v.codes is not None else v for v in (a, b)]
+    floats = [plan.floats(v) for v in (a, b)]
     reader = plan.graph.sole_reader(node.output[0])
     relu = reader is not None and reader.op_type == "Relu"
     out = node.output[0]

@@ -40,6 +40,19 @@ def weight_of(graph: Graph, name: str) -> Weight | None:
     return Weight(numbers, scale.astype(np.float32), attributes.get("axis", 1)) if scale.ndim < 2 else None
 
 
+def whole(values: NDArray[np.float32], below: float) -> bool:
+    """Whether floats are integers, smaller than `below` in size."""
+    return bool((np.rint(values) == values).all() and (np.abs(values) < below).all())
+
+
+def whole_weight(graph: Graph, name: str) -> Weight | None:
+    """A float constant of integers that int8 holds, which nothing scales yet; None if it is none."""
+    values = graph.array(name)
+    if values is None or values.dtype != np.float32 or not whole(values, 128.5) or (values == 128).any():
+        return None
+    return Weight(values.astype(np.int8), np.ones(1, np.float32), 0)
+
+
 def grid_of(graph: Graph, node: NodeProto) -> Codes | None:
     """The grid of a QuantizeLinear or DequantizeLinear: one scale, codes uint8; None for others."""
     scale = graph.array(node.input[1])

@@ -101,9 +101,14 @@ class Planner:
 
     def plain(self, x: Value) -> Value:
         """As the file has it: floats, channels second."""
-        if x.codes is not None:
-            x = self.derived(x, "float", Dequantize(x.codes), codes=None)
+        x = self.floats(x)
         return self.derived(x, "planar", Host(to_planar, "transpose"), image=False) if x.image else x
+
+    def floats(self, x: Value) -> Value:
+        """Codes dequantized; the same codes can be those of two grids."""
+        if x.codes is None:
+            return x
+        return self.derived(x, f"float*{x.codes.scale}", Dequantize(x.codes), codes=None)
 
     def as_image(self, x: Value, name: str) -> Value | None:
         """Channels last; None where the tensor is no image."""

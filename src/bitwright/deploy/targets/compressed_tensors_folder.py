@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.files import ExportReport, replacing, size_of
-from bitwright.deploy.fold import Weight, integer_weight
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import IntLinear
 from bitwright.deploy.lower import LayerFile
@@ -26,6 +25,7 @@ from bitwright.deploy.targets.opened import Network, float_twin
 from bitwright.deploy.targets.packed_loader import WORD, pack
 from bitwright.errors import BitwrightError
 from bitwright.layers import QuantLinear
+from bitwright.layers.fold import Weight, integer_weight
 from bitwright.prepare import quant_layers, quantizers
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"

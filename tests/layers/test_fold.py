@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bitwright.deploy.fold import FINE, Weight, finer, magnitudes, on_bias_grid
 from bitwright.deploy.integer import InputCodes, IntLinear
 from bitwright.grids import Affine
+from bitwright.layers.fold import FINE, Weight, finer, magnitudes, on_bias_grid
 
 
 def signed_weight(bits: int, step: int, seed: int = 0) -> Weight:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitwright.deploy.significant import (
+from bitwright.layers.significant import (
     MOST,
     MOST_TOGETHER,
     bias_bits,

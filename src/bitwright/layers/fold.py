@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.deploy.significant import landed, landed_together
 from bitwright.errors import BitwrightError
+from bitwright.layers.significant import landed, landed_together
 from bitwright.quantizer import Quantizer
 
 # A bias may take this many steps of its grid at most; beyond, int32 accumulators could overflow.
@@ -164,6 +164,17 @@ def on_bias_grid(weight: Weight, bias: Tensor, input_scale: Tensor, reach: int) 
     if not bool(((codes.abs() + most) < BIAS_LIMIT).all()):  # NaN (0 / 0) is refused here as well
         return coarse, None
     return weight, codes.to(torch.int64)
+
+
+def with_bias(weight: Weight, bias: Tensor, input_scale: Tensor, reach: int) -> tuple[Weight, Tensor, Tensor | None]:
+    """(weight, bias float64, bias codes) of a convolution whose bias is added to its integer sums; see `on_bias_grid`.
+
+    The bias is the value of its codes; where it has none it stays as it is, to be added in floating point.
+    """
+    weight, codes = on_bias_grid(weight, bias, input_scale, reach)
+    if codes is None:
+        return weight, bias, None
+    return weight, codes * (input_scale.double() * weight.scale.double()), codes
 
 
 def constant_steps(bias: Tensor, scale: Tensor, silent: Tensor) -> Tensor:
