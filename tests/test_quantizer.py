@@ -38,6 +38,15 @@ def test_a_state_dict_restores_bits_sign_calibration_and_values(grid, bits):
     assert other.codes[2:] == q.codes[2:]
 
 
+def test_a_model_without_memory_takes_over_a_state():
+    """`assign=True` brings saved tensors, and what is derived from them must live where they do."""
+    x = torch.randn(2, 3, 20)
+    q = make_quantizer("lsq", 3, x, role="input").eval()
+    other = fresh(bits=5).to("meta")
+    other.load_state_dict(q.state_dict(), assign=True)
+    assert torch.equal(other.eval()(x), q(x))
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_copies_pickles_and_casts_keep_the_function(grid):
     x = torch.randn(2, 3, 20)

@@ -113,6 +113,19 @@ def test_float_residuals(tmp_path, monkeypatch):
         np.testing.assert_array_equal(model(x).argmax(1).numpy(), want.argmax(1))
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_every_run_reads_its_own_input(tmp_path, path):
+    """Where the first operator is a view of the input, as in a network of linear layers over images."""
+    model, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5)), torch.randn(6, 3, 4, 4)
+    bw.prepare(model.eval(), bw.rules("w4a4"))
+    bw.calibrate(model, [x])
+    bw.export(model, tmp_path / "net.onnx", x)
+    session = load(tmp_path / "net.onnx", kernels=path)
+    for batch in (x[:3], x[3:]):
+        with torch.no_grad():
+            np.testing.assert_allclose(session.run(batch.numpy()), model(batch).numpy(), atol=1e-5)
+
+
 def test_what_is_unknown_runs_in_onnxruntime(tmp_path):
     """Softmax, LayerNormalization and a product of two activations between integer layers."""
     net = Net(np.random.default_rng(0))

@@ -99,6 +99,8 @@ class Compiled:
         self.bound: list[Bound] = []
         owner: dict[str, NDArray[np.uint8]] = {}
         roots, last = program.roots(), program.last_use()
+        # A view, or a second operand, holds the address of the array that was bound: there the input is copied.
+        self.copies = program.input in roots.values() or any(program.input in s.inputs[1:] for s in program.steps)
         run: list[tuple[Bound, Step]] = []
         for i, step in enumerate(program.steps):
             inputs = [self.arrays[name] for name in step.inputs]
@@ -150,9 +152,12 @@ class Compiled:
     def run(self, x: NDArray[np.float32]) -> NDArray:
         """The output for one batch of the shape that was bound; a copy."""
         with self.lock:
-            self.arrays[self.program.input] = x
-            for op in self.readers:
-                op.x = x.ctypes.data
+            if self.copies:
+                np.copyto(self.arrays[self.program.input], x)
+            else:
+                self.arrays[self.program.input] = x
+                for op in self.readers:
+                    op.x = x.ctypes.data
             for part in self.parts:
                 if isinstance(part, Step):
                     assert isinstance(part.op, Host)
