@@ -100,6 +100,41 @@ def test_outlined_groups_do_the_same(short_too):
     assert np.array_equal(run(inlined)[0], expected[0])
 
 
+def halves(layers: int) -> onnx.ModelProto:
+    """Quantizers with a zero point between two codes one after the other; something is added to each one's output."""
+    vector = np.array([0.1, -0.2, 0.3, 0.4], np.float32)
+    constants = {"unit": np.float32(1), "zero": np.float32(0.5), "base": np.uint8(128), "middle": np.float32(128.5)}
+    constants |= {"top": np.uint8(129), "low": np.uint8(128), "vector": vector}
+    nodes, x = [], "input"
+    for i in range(layers):
+        constants[f"scale{i}"] = np.float32(0.7 + i)
+        for kind, inputs, output in (
+            ("Div", [x, f"scale{i}"], "steps"),
+            ("Add", [f"{i}.steps", "zero"], "shifted"),
+            ("QuantizeLinear", [f"{i}.shifted", "unit", "base"], "q"),
+            ("Clip", [f"{i}.q", "low", "top"], "input.codes"),
+            ("Cast", [f"{i}.input.codes"], "number"),
+            ("Sub", [f"{i}.number", "middle"], "centered"),
+            ("Mul", [f"{i}.centered", f"scale{i}"], "x"),
+            ("Add", [f"{i}.x", "vector"], "sum"),
+        ):
+            to = {"to": TensorProto.FLOAT} if kind == "Cast" else {}
+            nodes.append(helper.make_node(kind, inputs, [f"{i}.{output}"], **to))
+        x = f"{i}.sum"
+    nodes.append(helper.make_node("Identity", [x], ["logits"]))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in ("input", "logits")]
+    tensors = [numpy_helper.from_array(np.array(v), k) for k, v in constants.items()]
+    graph = helper.make_graph(nodes, "halves", ends[:1], ends[1:], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+
+
+def test_quantizers_between_codes_are_outlined_without_what_is_added_around_them():
+    model = halves(5)
+    outline(model)
+    assert [n.op_type for n in model.graph.node] == ["H", "Add"] * 5 + ["Identity"]
+    assert np.array_equal(run(model)[0], run(halves(5))[0])
+
+
 def test_what_comes_rarely_stays():
     model = chain(OFTEN // 2 - 1)
     before = model.SerializeToString()

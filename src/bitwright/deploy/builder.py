@@ -150,8 +150,9 @@ class GraphBuilder:
     def spread(self, codes: InputCodes, t: Tensor, what: str) -> str:
         """Per-channel numbers of a quantizer shaped to broadcast against its tensor."""
         values = t.numpy()
-        if values.size > 1:
-            values = values.reshape(-1, *[1] * (-codes.axis - 1))
+        if values.size == 1:
+            return self.scalar(float(values.reshape(-1)[0]), np.float32)
+        values = values.reshape(-1, *[1] * (-codes.axis - 1))
         return self.constant(f"{codes.name.removesuffix(QUANTIZER)}.{what}_spread", values)
 
     def padded(self, x: str, pads: list[int], mode: str, at: str) -> str:

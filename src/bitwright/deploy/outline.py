@@ -19,6 +19,8 @@ from bitwright.deploy.streams import FIXED, FLOATING, WHOLE
 # What a group ends with and what may stand before it, with the name of the function for either.
 LAST = {"DequantizeLinear": "W", "Mul": "W", BIAS: "B"}
 BEFORE = {"QuantizeLinear": "Q", "Clip": "Q", "Cast": "W", "Reshape": "W", FLOATING: "W", FIXED: "W", WHOLE: "B"}
+# These too, by or with one number: what a quantizer with a zero point between codes consists of besides.
+WITH_NUMBER = {"Div": "H", "Add": "H", "Sub": "H"}
 # A function of its own takes as many bytes as outlining saves on so many groups.
 OFTEN = 4
 
@@ -36,23 +38,25 @@ class Group:
     key: tuple
 
 
-def inner(node: NodeProto) -> bool:
-    """Whether a node may stand inside a group."""
-    return not node.name and (node.op_type in BEFORE or node.op_type.startswith("Unpack"))
+def inner(node: NodeProto, numbers: set[str]) -> bool:
+    """Whether a node may stand inside a group; numbers: constants that are one number."""
+    plain = node.op_type in BEFORE or node.op_type.startswith("Unpack")
+    return not node.name and (plain or (node.op_type in WITH_NUMBER and node.input[1] in numbers))
 
 
 def group_at(
-    graph: onnx.GraphProto, last: int, producer: dict[str, int], readers: dict[str, list[int]]
+    graph: onnx.GraphProto, last: int, producer: dict[str, int], readers: dict[str, list[int]], numbers: set[str]
 ) -> Group | None:
     """The group that ends with node `last`; None where it is that node alone or its outputs are read too early.
 
-    producer: of every tensor that is made by a node which is in no group yet.
+    producer: of every tensor that is made by a node which is in no group yet. numbers: see `inner`.
     """
     places, todo = set(), [last]
     while todo:
         place = todo.pop()
         places.add(place)
-        todo += [p for name in graph.node[place].input if (p := producer.get(name, -1)) >= 0 and inner(graph.node[p])]
+        before = [p for name in graph.node[place].input if (p := producer.get(name, -1)) >= 0]
+        todo += [p for p in before if inner(graph.node[p], numbers)]
     order = sorted(places)
     nodes = [graph.node[i] for i in order]
     made = {name: (j, k) for j, node in enumerate(nodes) for k, name in enumerate(node.output)}
@@ -76,11 +80,12 @@ def groups(graph: onnx.GraphProto) -> list[list[Group]]:
     for i, node in enumerate(graph.node):
         for name in node.input:
             readers[name].append(i)
+    numbers = {t.name for t in graph.initializer if not t.dims}
     alike: dict[tuple, list[Group]] = defaultdict(list)
     for i, node in enumerate(graph.node):
         if node.op_type not in LAST or node.output[0].endswith(SPLIT):
             continue
-        group = group_at(graph, i, producer, readers)
+        group = group_at(graph, i, producer, readers, numbers)
         if group is not None:
             producer = {name: place for name, place in producer.items() if place not in group.places}
             alike[group.key].append(group)
@@ -96,7 +101,7 @@ def outline(model: onnx.ModelProto) -> None:
     for alike in groups(graph):
         first = alike[0]
         nodes = [graph.node[i] for i in first.places]
-        kind = BEFORE.get(nodes[0].op_type, LAST[nodes[-1].op_type])
+        kind = (BEFORE | WITH_NUMBER).get(nodes[0].op_type, LAST[nodes[-1].op_type])
         count[kind] += 1
         name = kind if count[kind] == 1 else f"{kind}{count[kind]}"
         model.functions.append(function_of(name, nodes, first))

@@ -113,8 +113,9 @@ def make_reproducible(model: nn.Module) -> nn.Module:
     """Let `model` evaluate as its file computes, in place; returns it.
 
     Norms, softmax, GELU and products are then the same to the last bit in PyTorch, in the frozen form and in
-    onnxruntime; in return the file is slower. Training does not change, nor does an evaluation that is compiled or
-    records gradients. Call it before weights are loaded or after, and before the evaluation that counts.
+    onnxruntime; in return a transformer's file is slower, and so is evaluation. Training does not change, nor does an
+    evaluation that is compiled or records gradients. Call it before weights are loaded or after, and before the
+    evaluation that counts.
 
     Layers: `nn.LayerNorm` (also timm's and torchvision's, over channels too), `nn.GELU`, `nn.AdaptiveAvgPool2d(1)`,
     the attention, convolutions and linear layers that `prepare` quantizes, and BatchNorms that alone read one of these.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.kernels.reproducible import scaled
-from bitwright.layers.fold import Weight, folded_bias, folded_weight, with_bias
-from bitwright.layers.whole import evaluates, product, whole_input, whole_weight
+from bitwright.layers.fold import Weight, folded_bias, folded_weight, magnitudes, with_bias
+from bitwright.layers.whole import EXACT, evaluates, product, whole_input, whole_weight
 from bitwright.quantizer import Quantizer
 
 
@@ -40,11 +40,14 @@ class Sums:
         weight, bias, codes = folded_weight(self.weight, norm), folded_bias(self.bias, norm), None
         if bias is not None and self.whole_bias:
             weight, bias, codes = with_bias(weight, bias, self.input_scale, self.reach)
+        most = magnitudes(weight.numbers)
+        largest = most * self.reach + (0 if codes is None else codes.abs())
+        # In float32 where it holds every sum: an evaluation is mostly passes over these.
+        dtype = torch.float32 if int(largest.max()) < EXACT else torch.float64
         # Folding takes a channel's weights away where its scale is 0 or vanishes beside the bias.
-        kept = weight.multiple * (weight.numbers.flatten(1) != 0).any(1)
-        sums = self.numbers.double() * self.view(kept)
+        sums = self.numbers.to(dtype) * self.view(weight.multiple * (most != 0)).to(dtype)
         if codes is not None:
-            return scaled(sums + self.view(codes), self.input_scale, self.view(weight.scale))
+            return scaled(sums.add_(self.view(codes).to(dtype)), self.input_scale, self.view(weight.scale))
         float_bias = None if bias is None else self.view(bias.float())
         return scaled(sums, self.input_scale, self.view(weight.scale), float_bias)
 

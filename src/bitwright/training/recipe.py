@@ -124,8 +124,8 @@ class Recipe(Section):
     like the rest), `grid` and `estimator` with their options; `float`: no quantizers, an ordinary training. rules: an
     ordered list that comes after those. topology: of output quantizers (`bitwright.topology`); rules come after it
     too, so that they can change or remove its quantizers. reproducible: evaluation and file agree to the last bit
-    (`bitwright.make_reproducible`), at the price of a slower file. methods: names, or {name: options}. partner: see
-    `PartnerSection`; None starts from fresh weights. teacher: see `TeacherSection`; None: the partner teaches. amp:
+    (`bitwright.make_reproducible`); a transformer's file is slower then. methods: names, or {name: options}. partner:
+    see `PartnerSection`; None starts from fresh weights. teacher: see `TeacherSection`; None: the partner teaches. amp:
     autocast of training steps; evaluation is float32. compile: by Inductor; activation_memory: the share that it keeps
     then (`bitwright.compile_model`). threads: of the CPU, default all cores; results are bit-identical for the same
     number only. device: auto, cpu, cuda, cuda:N.
