@@ -8,7 +8,7 @@ import torch
 from bitwright.training.data.memory import MemoryDataset
 from bitwright.training.recipe_file import load_recipe
 from bitwright.training.rehearsal import rehearse
-from bitwright.training.sweep import expand, read_sweep
+from bitwright.training.sweep_file import expand, read_sweep
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "accuracy"
 SWEEPS = sorted(path for path in FOLDER.glob("*.yaml") if "variants:" in path.read_text())

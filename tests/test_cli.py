@@ -11,6 +11,7 @@ import yaml
 from bitwright import cli
 from bitwright.costs import LatencyTable, read_latencies
 from bitwright.deploy.names import spelled_out
+from bitwright.training.models import build_model
 from bitwright.training.recipe_file import load_recipe
 
 RECIPE = """
@@ -50,6 +51,29 @@ def trained(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("run/summary.json")
     return folder / "run"
+
+
+NET = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.Conv2d(width, 2 * width, 3), nn.ReLU())
+        self.head = nn.Linear(2 * width, 10)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+"""
+BUDGET_RECIPE = """
+data: {name: digits, options: {subset: 300}}
+model: {name: "net.py:Net"}
+partner: {checkpoint: net.pt}
+bits: w8a8
+methods: [{adaqat: {granularity: layer, every: 1, budget: {size: 1.2KB, bitops: 0.6M}}}]
+schedule: {epochs: 8, batch_size: 100}
+threads: 1
+"""
 
 
 def refused(result, code=2):
@@ -205,6 +229,31 @@ def test_other_targets_are_recognised_by_content(bitwright, trained, tmp_path):
     assert "target compressed-tensors keeps" in refused(
         bitwright("export", trained, "--to", "compressed-tensors", "-o", tmp_path / "folder")
     )
+
+
+def test_from_a_network_in_a_file_its_weights_and_a_budget_to_a_verified_file(bitwright, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "recipe.yaml").write_text(BUDGET_RECIPE)
+    assert "net.pt: no such checkpoint file" in refused(bitwright("train", "recipe.yaml", "--out", "run"))
+    assert not (tmp_path / "run").exists()  # so that the next try is not refused
+    torch.manual_seed(0)
+    float_net = build_model("net.py:Net", num_classes=10, in_channels=1, image_size=8)
+    torch.save({"state_dict": float_net.state_dict()}, "net.pt")
+    code, out, err = bitwright("train", "recipe.yaml", "--out", "run")
+    assert code == 0, err
+    assert "float partner: net.pt, accuracy " in out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["size_bytes"] <= 1200
+    assert summary["bitops"] <= 0.6e6
+    assert set(summary["weight_bits"].values()) != {8}
+    assert bitwright("export", "run")[0] == 0
+    code, out, _ = bitwright("verify", "run", "--images", 100)
+    assert code == 0
+    assert "0 predictions differ" in out
+    assert json.loads(bitwright("cost", "run", "--json")[1])["size_bytes"] == summary["size_bytes"]
+    (tmp_path / "net.py").unlink()
+    assert "model 'net.py:Net': no such file" in refused(bitwright("eval", "run"))
 
 
 def test_export_refuses_what_it_does_not_know(bitwright, trained, tmp_path):

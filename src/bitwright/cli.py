@@ -267,6 +267,11 @@ def sweep(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are told to save and stop
     folder = out or Path("runs") / file.stem
     failed = run_sweep(file, folder, data_dir=None if data_dir is None else str(data_dir), jobs=jobs)
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (folder / "results.md").read_text().splitlines()
+    ]
+    _print_table(header, rows)
     print(folder / "results.csv")
     if failed:
         raise typer.Exit(1)

@@ -1,5 +1,6 @@
 import io
 import json
+import sys
 import threading
 
 import pytest
@@ -65,6 +66,19 @@ def test_whatever_determines_the_partner_is_in_its_key(tmp_path, change):
         made = recipe(tmp_path, *overrides)
         keys.append(partner_key(made, recipe_data(made)))
     assert keys[0] != keys[1]
+
+
+def test_a_network_of_the_users_that_changed_gets_another_partner(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    made = recipe(tmp_path, PARTNER, "model={name: 'own_net.py:net'}")
+    keys = set()
+    for activation in ("ReLU", "ReLU", "GELU"):
+        text = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.{}(), nn.Linear(64, 10))\n"
+        (tmp_path / "own_net.py").write_text(text.format(activation))
+        sys.modules.pop("own_net", None)
+        keys.add(partner_key(made, recipe_data(made)))
+    assert len(keys) == 2
 
 
 def test_training_starts_from_the_partner(tmp_path, monkeypatch):

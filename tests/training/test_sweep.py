@@ -3,13 +3,17 @@
 import csv
 import fcntl
 import json
+import shutil
 import statistics
+import sys
 
 import pytest
 import yaml
 
 from bitwright.errors import BitwrightError
-from bitwright.training.sweep import SweepFile, as_override, expand, markdown, read_sweep, run_sweep
+from bitwright.training import sweep as sweeping
+from bitwright.training.sweep import markdown, run_sweep
+from bitwright.training.sweep_file import SweepFile, as_override, expand, read_sweep
 
 TINY = {
     "data": {"name": "digits", "options": {"subset": 128}},
@@ -51,6 +55,10 @@ def test_two_runs_may_not_share_a_folder():
         ("recipe: r\nseeds: [a]\n", "seeds.0: 'a'"),
         ("- r\n", "mapping"),
         ("recipe: [\n", "not YAML"),
+        ("recipe: r\nrecipe: s\n", "not YAML: the key 'recipe' is given twice"),
+        ("recipe: r\ngrid: {bits: []}\n", r"grid\.bits: \[\]"),
+        ("recipe: r\nvariants: {}\n", "variants: {}"),
+        ("\x00", "not YAML"),
     ],
 )
 def test_bad_files_get_one_line(tmp_path, text, message):
@@ -95,6 +103,49 @@ def test_a_sweep_runs_survives_a_failing_run_and_goes_on(tmp_path):
     assert run_sweep(path, out, say=said.append) == 0
     assert said == ["1 runs, 1 finished before, 2 side by side"]
     assert (out / "lsq-seed0" / "summary.json").stat().st_mtime_ns == stamp
+
+
+def sweep_of(folder, **keys):
+    (folder / "base.yaml").write_text(yaml.safe_dump(TINY))
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"recipe": "base.yaml", "seeds": [0], **keys}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"grid": {"optimizr.lr": [0.1]}}, r"sweep\.yaml: run base-0\.1-seed0: .*optimizr: unknown key"),
+        ({"grid": {"bits": ["w4a4", "w9a9"]}}, r"run base-w9a9-seed0: .*bits 'w9a9' is not accepted"),
+        ({"recipe": "nope.yaml"}, "nope.yaml: no such file"),
+        ({"grid": {"bits": ["w4a4", "w4a4"]}}, r"sweep\.yaml: two runs would share the folder"),
+    ],
+)
+def test_a_recipe_that_is_not_accepted_starts_nothing(tmp_path, keys, message):
+    with pytest.raises(BitwrightError, match=message):
+        run_sweep(sweep_of(tmp_path, **keys), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_another_recipe_is_not_taken_for_this_one(tmp_path):
+    path, out = sweep_of(tmp_path), tmp_path / "out"
+    (out / "base-seed0").mkdir(parents=True)
+    (out / "base-seed0" / "recipe.yaml").write_text(yaml.safe_dump({**TINY, "bits": "w2a2", "seed": 0}))
+    (out / "base-seed0" / "summary.json").write_text('{"accuracy": 0.5, "bitops": 1}')
+    with pytest.raises(BitwrightError, match=r"base-seed0: made by another recipe than .*sweep\.yaml says now"):
+        run_sweep(path, out)
+    (out / "base-seed0" / "recipe.yaml").write_text(yaml.safe_dump({**TINY, "topology": "res8", "threads": 2}))
+    said: list[str] = []
+    assert run_sweep(path, out, jobs=1, say=said.append) == 0
+    assert said == ["1 runs, 1 finished before, 1 side by side"]
+
+
+def test_a_folder_that_goes_away_during_the_sweep_is_one_line(tmp_path, monkeypatch):
+    path, out = sweep_of(tmp_path), tmp_path / "out"
+    monkeypatch.setattr(sweeping, "command", lambda *_: [sys.executable, "-c", ""])
+    monkeypatch.setattr(sweeping.time, "sleep", lambda _: shutil.rmtree(out, ignore_errors=True))
+    with pytest.raises(BitwrightError, match=r"base-seed0\.log: cannot be written .No such file"):
+        run_sweep(path, out, jobs=1, say=lambda _: None)
 
 
 def test_a_second_sweep_in_the_same_folder_is_refused_and_touches_nothing(tmp_path):

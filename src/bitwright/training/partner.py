@@ -20,7 +20,8 @@ from bitwright.training.data import Dataset
 from bitwright.training.evaluate import evaluate
 from bitwright.training.folder import RunFolder, load_state
 from bitwright.training.interrupt import StopSignals
-from bitwright.training.recipe import Recipe, float_recipe, teacher_recipe
+from bitwright.training.models.own import fingerprint
+from bitwright.training.recipe import PartnerSection, Recipe, float_recipe, teacher_recipe
 from bitwright.training.recipe_file import dump_recipe
 from bitwright.training.report import Reporter
 from bitwright.training.setup import choose_device, float_model, place
@@ -50,15 +51,22 @@ def get_partner(
     wanted = recipe.partner
     if wanted is None:
         return None
-    if wanted.checkpoint is None and not wanted.pretrained:
+    given = named_weights(wanted)
+    if not given:
         return _trained(recipe, dataset, cache, reporter, stop, role)
-    given: dict[str, Any] = {"pretrained": True} if wanted.pretrained else {"checkpoint": wanted.checkpoint}
     model = place(float_model(recipe, dataset, extra=given), recipe, choose_device(recipe))
     batches = dataset.test_batches(batch_size=recipe.schedule.batch_size, device=choose_device(recipe))
     accuracy = evaluate(model, batches, check=stop.check).accuracy
     origin = "published weights" if wanted.pretrained else wanted.checkpoint
     reporter.note(f"{role}: {origin}, accuracy {accuracy:.2%}")
     return Partner(model.eval().requires_grad_(False), accuracy)
+
+
+def named_weights(wanted: PartnerSection) -> dict[str, Any]:
+    """The option of `build_model` for weights that the recipe names; empty for a partner that is trained."""
+    if wanted.pretrained:
+        return {"pretrained": True}
+    return {} if wanted.checkpoint is None else {"checkpoint": wanted.checkpoint}
 
 
 def partner_key(recipe: Recipe, dataset: Dataset) -> str:
@@ -73,6 +81,8 @@ def partner_key(recipe: Recipe, dataset: Dataset) -> str:
     assert recipe.partner is not None
     sizes = [dataset.train_size, dataset.test_size, dataset.num_classes]
     parts = [bitwright.__version__, float_recipe(recipe, recipe.partner).digest(), sizes, content.hexdigest()]
+    if ":" in recipe.model.name:  # a file of the user's, which may change while its name stays
+        parts.append(fingerprint(recipe.model.name, float_model(recipe, dataset, fresh=True)))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 

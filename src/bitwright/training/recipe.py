@@ -34,7 +34,7 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """name and options: see `bitwright.training.models.build_model`."""
+    """name (`FILE.py:NAME`: the user's own) and options: see `bitwright.training.models.build_model`."""
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)

@@ -6,23 +6,28 @@ import torch.nn.functional as F
 from bitwright.step import Step
 from bitwright.training.data import Dataset
 from bitwright.training.methods import make_methods, method_context
+from bitwright.training.partner import named_weights
 from bitwright.training.recipe import Recipe, teacher_recipe
 from bitwright.training.setup import blame, float_model, quantize
 
 
 def rehearse(recipe: Recipe, dataset: Dataset) -> None:
-    """Build model, rules and methods once, on the CPU and without weights: a float partner may take hours to train.
+    """Build model, rules and methods once, on the CPU: a float partner may take hours to train.
+
+    Weights that the recipe names are loaded, so that a file that is missing or does not fit makes no folder.
 
     Raises:
         BitwrightError: as the parts of a run do, naming the recipe.
     """
-    model = quantize(recipe, float_model(recipe, dataset, fresh=True), dataset)
+    weights = None if recipe.partner is None else named_weights(recipe.partner)
+    model = quantize(recipe, float_model(recipe, dataset, extra=weights), dataset)
     if not recipe.methods:
         return
     partner = None if recipe.partner is None else float_model(recipe, dataset, fresh=True).eval()
     teacher = None
     if recipe.teacher is not None:
-        teacher = float_model(teacher_recipe(recipe, recipe.teacher), dataset, fresh=True).eval()
+        given = named_weights(recipe.teacher)
+        teacher = float_model(teacher_recipe(recipe, recipe.teacher), dataset, extra=given).eval()
     example = torch.zeros(2, dataset.in_channels, dataset.image_size, dataset.image_size)
     with blame(recipe.source):
         methods = make_methods(

@@ -2,7 +2,6 @@
 
 import csv
 import fcntl
-import itertools
 import json
 import os
 import signal
@@ -12,97 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from bitwright.errors import BitwrightError
+from bitwright.training.checkpoint import cannot_write
+from bitwright.training.sweep_file import Run, SweepFile, check_runs, expand, read_sweep
 
 RESULT_FIELDS = ["accuracy", "accuracy_best", "float_accuracy", "bitops", "size_bytes", "epochs", "train_seconds"]
-
-
-class SweepFile(BaseModel):
-    """What SWEEP.yaml holds.
-
-    Attributes:
-        recipe: a recipe file (relative to the sweep file) or the name of a built-in one.
-        overrides: recipe keys, dotted or nested, for every run.
-        variants: name -> recipe keys; every variant is one row of the final table.
-        grid: recipe key -> list of values; every combination multiplies the variants.
-        seeds: one run per seed; at least three make a standard deviation worth printing.
-        jobs: runs side by side. Default: one per core.
-        threads: of every run. Default 1: several threads per process beside other processes are slower.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    recipe: str
-    overrides: dict[str, Any] = Field(default_factory=dict)
-    variants: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"base": {}})
-    grid: dict[str, list[Any]] = Field(default_factory=dict)
-    seeds: list[int] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
-    jobs: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
-    threads: int = Field(default=1, ge=1)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a sweep: its folder name, its row in the table, its seed and `key=value` overrides."""
-
-    name: str
-    variant: str
-    point: tuple[tuple[str, Any], ...]
-    seed: int
-    overrides: tuple[str, ...]
-
-
-def read_sweep(path: Path) -> SweepFile:
-    """The sweep in `path`; BitwrightError naming file, key, value and what is accepted."""
-    try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise BitwrightError(f"{path}: {error.strerror or error}") from None
-    except yaml.YAMLError as error:
-        raise BitwrightError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise BitwrightError(f"{path}: a sweep is a mapping with the key 'recipe'")
-    try:
-        return SweepFile.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        accepted = ", ".join(SweepFile.model_fields)
-        hint = f"; accepted keys: {accepted}" if first["type"] == "extra_forbidden" else ""
-        raise BitwrightError(f"{path}: {key}: {first['input']!r}: {first['msg']}{hint}") from None
-
-
-def as_override(key: str, value: Any) -> str:
-    """`key=value`, the value as one line of YAML that the command line reads back."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
-    return f"{key}={text.strip().removesuffix('...').strip()}"
-
-
-def expand(sweep: SweepFile) -> list[Run]:
-    """Every run, seeds innermost last: whole rounds of seeds end early runs first, so a table is useful early."""
-    keys = list(sweep.grid)
-    runs = []
-    for seed in sweep.seeds:
-        for values in itertools.product(*sweep.grid.values()):
-            point = tuple(zip(keys, values, strict=True))
-            for variant, changes in sweep.variants.items():
-                # threads before the overrides: a sweep may say otherwise for one variant.
-                merged = {"threads": sweep.threads, **sweep.overrides, **dict(point), **changes, "seed": seed}
-                label = "-".join([variant, *(str(v) for v in values), f"seed{seed}"])
-                name = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in label)
-                runs.append(Run(name, variant, point, seed, tuple(as_override(k, v) for k, v in merged.items())))
-    names = [r.name for r in runs]
-    twice = next((n for n in names if names.count(n) > 1), None)
-    if twice:
-        raise BitwrightError(f"sweep: two runs would share the folder {twice!r}; rename a variant or a grid value")
-    return runs
 
 
 def command(sweep: SweepFile, recipe: str, run: Run, folder: Path, data_dir: str | None) -> list[str]:
@@ -181,13 +97,18 @@ def run_sweep(
         data_dir: passed to every run. jobs: instead of the file's. say: receives one line per event.
 
     Raises:
-        BitwrightError: the file is not a sweep, `out` cannot be written, or another sweep is running there.
+        BitwrightError: the file is not a sweep, one of its recipes is not accepted (nothing is started then), `out`
+            cannot be written, holds runs of other recipes, or goes away, or another sweep is running there.
     """
     sweep = read_sweep(path)
     recipe = sweep.recipe
     if (path.parent / recipe).is_file():
         recipe = str(path.parent / recipe)
-    runs = expand(sweep)
+    try:
+        runs = expand(sweep)
+    except BitwrightError as error:
+        raise BitwrightError(f"{path}: {error}") from None
+    check_runs(path, recipe, runs, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -228,9 +149,18 @@ def run_sweep(
 
 
 @contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """One line for a folder that can no longer be written to, or is gone."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(Path(error.filename or out), error) from None
+
+
+@contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Hold the lock of a sweep's folder: a second sweep there would start the first one's runs again."""
-    with (out / "sweep.lock").open("w") as file:
+    with _writing(out), (out / "sweep.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

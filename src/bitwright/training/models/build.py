@@ -9,6 +9,7 @@ from torch import nn
 
 from bitwright.errors import BitwrightError
 from bitwright.training.lookup import check_options, close_matches, first_line
+from bitwright.training.models.own import own_model
 from bitwright.training.models.resnet import CifarResNet
 from bitwright.training.models.vgg import VGGSmall
 from bitwright.training.models.weights import load_weights, read_weights
@@ -46,7 +47,8 @@ def build_model(
 ) -> nn.Module:
     """The float network called `name`, in training mode, drawn from torch's global random state.
 
-    name: a key of `OWN_MODELS`, `torchvision/<name>` or `timm/<name>`.
+    name: a key of `OWN_MODELS`, `torchvision/<name>`, `timm/<name>`, or `FILE.py:NAME` for one of the user's own
+    (`own.own_model`).
     image_size: height and width of the images; needed only by models that fix it (vgg_small: 32 by default,
     vision transformers: their own default).
     pretrained: weights that torchvision or timm publishes (a download into their own caches); a classifier for
@@ -61,16 +63,22 @@ def build_model(
         if value < 1:
             raise BitwrightError(f"model {name!r}: {key} is {value}, accepted is at least 1")
     library, _, inner = name.rpartition("/")
-    if library == "torchvision":
+    without = BitwrightError(f"model {name!r} has no published weights; give checkpoint=FILE instead")
+    if ":" in name:
+        if pretrained:
+            raise without
+        sizes: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+        model = own_model(name, **sizes, options=options)
+    elif library == "torchvision":
         model = _torchvision(inner, num_classes, in_channels, image_size, pretrained, options)
     elif library == "timm":
         model = _timm(inner, num_classes, in_channels, image_size, pretrained, options)
     elif name in OWN_MODELS:
         if pretrained:
-            raise BitwrightError(f"model {name!r} has no published weights; give checkpoint=FILE instead")
+            raise without
         model = OWN_MODELS[name](num_classes, in_channels, image_size, **options)
     else:
-        known = [*OWN_MODELS, "torchvision/<name>", "timm/<name>"]
+        known = [*OWN_MODELS, "torchvision/<name>", "timm/<name>", "FILE.py:NAME"]
         raise BitwrightError(f"unknown model {name!r}; {close_matches(name, known)}")
     if checkpoint is not None:
         load_weights(model, read_weights(checkpoint), str(checkpoint))

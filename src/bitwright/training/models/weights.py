@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,7 +33,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         else:
             with warnings.catch_warnings(action="ignore"):  # about pickle protocols: the error below says enough
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        # Any other file than a zip archive ends here too: there is no pickle in it, or one of an old format.
+        why = "it holds Python objects, which are not run" if zipfile.is_zipfile(path) else first_line(error)
+        hint = "; save the weights alone: torch.save(model.state_dict(), FILE)" if zipfile.is_zipfile(path) else ""
+        raise BitwrightError(f"{path}: not a readable checkpoint of weights ({why}){hint}") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise BitwrightError(f"{path}: not a readable checkpoint of weights ({first_line(error)})") from error
     except safetensors.SafetensorError as error:
         raise BitwrightError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
