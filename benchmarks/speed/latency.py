@@ -21,7 +21,7 @@ from measure import alternate, machine, ratio, write
 import bitwright as bw
 from bitwright.costs import cost_table
 from bitwright.costs.assignment import make_rows, solve, total
-from bitwright.deploy.timing import at_bits
+from bitwright.runtime.timing import at_bits
 from bitwright.training.models import build_model
 
 NETS = {"vgg_small": 32, "torchvision/resnet18": 224}

@@ -33,7 +33,8 @@ from bitwright.topology import topology
 
 if TYPE_CHECKING:
     from bitwright import runtime
-    from bitwright.deploy import export, freeze, load_packed, measure_latencies, snap_biases, verify
+    from bitwright.deploy import export, freeze, load_packed, snap_biases, verify
+    from bitwright.runtime.timing import measure_latencies
 
 __version__ = "0.1.0"
 
@@ -79,13 +80,15 @@ __all__ = [
     "verify",
 ]
 
-_DEPLOY = ("export", "freeze", "load_packed", "measure_latencies", "snap_biases", "verify")
+_DEPLOY = ("export", "freeze", "load_packed", "snap_biases", "verify")
 
 
 def __getattr__(name: str) -> Any:
     """Deployment on first use: it brings ONNX and its runtime, which training does not need."""
     if name == "runtime":
         return importlib.import_module("bitwright.runtime")
+    if name == "measure_latencies":
+        return importlib.import_module("bitwright.runtime.timing").measure_latencies
     if name in _DEPLOY:
         from bitwright import deploy
 

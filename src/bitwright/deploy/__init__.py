@@ -7,7 +7,6 @@ from bitwright.deploy.files import ExportReport
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.snap import snap_biases
 from bitwright.deploy.targets.packed import load_packed
-from bitwright.deploy.timing import measure_latencies
 from bitwright.deploy.verify import verify
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "export",
     "freeze",
     "load_packed",
-    "measure_latencies",
     "snap_biases",
     "verify",
 ]

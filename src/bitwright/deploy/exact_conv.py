@@ -63,7 +63,10 @@ class ExactConvLowering(CompactLowering):
 
     def conv(self, layer: IntConv, at: str, x: str, y: str, pads: list[int], sizes: list[int]) -> None:
         whole = layer.bias is None or layer.bias_codes is not None
-        if not (layer.reproducible and layer.integer) or (whole and self.merged(y)):
+        if not layer.integer or (whole and self.merged(y)):
+            return super().conv(layer, at, x, y, pads, sizes)
+        if not layer.reproducible:
+            self.floating.add(layer.name)
             return super().conv(layer, at, x, y, pads, sizes)
         one_piece, two_pieces = (int(bound.max()) < EXACT for bound in bounds(layer))
         if not (one_piece or two_pieces):

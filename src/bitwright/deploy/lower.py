@@ -53,6 +53,7 @@ class Lowering(GraphBuilder):
     functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
     files: dict[str, LayerFile] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
+    floating: set[str] = field(default_factory=set)
 
     def look_at(self, frozen: nn.Module) -> None:
         """Note the layers of the network whose placeholders are replaced."""
@@ -111,14 +112,20 @@ class Lowering(GraphBuilder):
         values = layer.packed.scale.numpy()
         axis = 1 if transpose else 0
         ndim = layer.packed.numbers.ndim
-        if layer.integer:
+        if layer.integer and name not in self.floating:
             per_axis = {"axis": axis} if values.size > 1 else {}
             return self.node("DequantizeLinear", [codes, self.weight_scale(layer)], out, **per_axis)
         # Beside a float input the weight becomes a plain constant at load. A DequantizeLinear would invite onnxruntime
-        # to quantize the input itself (MatMulNBits does).
-        if layer.packed.numbers.dtype == torch.int8:
+        # to quantize the input itself (MatMulNBits does), and in front of a float kernel it runs anew in every run.
+        if layer.packed.numbers.dtype == torch.int8 or layer.integer:
             codes = self.node("Cast", [codes], f"{name}.weight_numbers", to=TensorProto.FLOAT)
-        scale = self.column(f"{name}.weight_scale", values, 0 if transpose else ndim - 1)
+        if not layer.integer:
+            scale = self.column(f"{name}.weight_scale", values, 0 if transpose else ndim - 1)
+        else:  # the bias reads it too, as a line
+            scale = self.weight_scale(layer)
+            if values.size > 1:
+                shape = self.constant(f"shape_{ndim - 1}", np.array([-1, *[1] * (ndim - 1)], np.int64))
+                scale = self.node("Reshape", [scale, shape], f"{name}.weight_column")
         return self.node("Mul", [codes, scale], out)
 
     def weight_scale(self, layer: IntLayer) -> str:

@@ -98,9 +98,13 @@ class Graph:
             if node.output[0] in self.constant:
                 if node.op_type == "DequantizeLinear":
                     wanted += node.input
-            else:
-                dequantized = lambda n: n in self.producer and self.producer[n].op_type == "DequantizeLinear"  # noqa: E731
-                wanted += [n for n in node.input if n in self.constant and not dequantized(n)]
+                continue
+            for place, name in enumerate(node.input):
+                made = self.producer.get(name)
+                if name not in self.constant or (made is not None and made.op_type == "DequantizeLinear"):
+                    continue
+                scaled = made is not None and made.op_type == "Mul" and node.op_type == "Conv" and place == 1
+                wanted += made.input if made is not None and scaled else [name]
         computed = []
         for name in dict.fromkeys(wanted):
             if name in self.initializers and self.initializers[name].data_type in PLAIN:

@@ -13,7 +13,7 @@ from bitwright.runtime.ops import Codes, Dequantize, Window
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """Integers that a DequantizeLinear scales: value = numbers * scale along `axis` (one scale: for all)."""
+    """Integers and their scale: value = numbers * scale along `axis` (one scale: for all)."""
 
     numbers: NDArray
     scale: NDArray[np.float32]
@@ -28,9 +28,16 @@ class Weight:
 
 
 def weight_of(graph: Graph, name: str) -> Weight | None:
-    """A dequantized constant as its integers; None if it is none, or has zero points."""
+    """A constant as the integers that a DequantizeLinear or a Mul scales; None if it is none, or has zero points."""
     node = graph.producer.get(name)
-    if node is None or node.op_type != "DequantizeLinear" or name not in graph.constant:
+    if node is None or name not in graph.constant:
+        return None
+    if node.op_type == "Mul":
+        found, scale = whole_weight(graph, node.input[0]), graph.array(node.input[1])
+        if found is None or scale is None or scale.size not in (1, scale.shape[:1][0] if scale.ndim else 1):
+            return None
+        return replace(found, scale=scale.reshape(-1).astype(np.float32))
+    if node.op_type != "DequantizeLinear":
         return None
     numbers, scale = (graph.array(n) for n in node.input[:2])
     zero = graph.array(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(1)

@@ -22,7 +22,7 @@ def write_latencies(model: nn.Module, dataset: Dataset, path: Path) -> LatencyTa
     Raises:
         BitwrightError: the model has no quantizers or cannot be exported, or the file cannot be written.
     """
-    from bitwright.deploy import measure_latencies
+    from bitwright.runtime.timing import measure_latencies
 
     found = quantizers(model)
     if not found:

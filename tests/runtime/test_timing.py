@@ -8,10 +8,9 @@ from deploy_nets import quantized, settle
 from torch import nn
 
 import bitwright as bw
-from bitwright.deploy import timing
-from bitwright.deploy.timing import at_bits, measure_latencies
 from bitwright.errors import BitwrightError
-from bitwright.runtime import available, load
+from bitwright.runtime import available, load, timing
+from bitwright.runtime.timing import at_bits, measure_latencies
 
 needs_kernels = pytest.mark.skipif(
     available() == ("reference",), reason="no C compiler: the native runtime has no kernels"

@@ -14,7 +14,7 @@ from bitwright.costs.latency import LatencyTable
 from bitwright.deploy.export import export
 from bitwright.errors import BitwrightError
 from bitwright.prepare import quant_layers
-from bitwright.runtime import load
+from bitwright.runtime.session import load
 from bitwright.spec import MAX_BITS, MIN_BITS
 
 # The runtime's kernels differ at 4 bits: Winograd's operands fit a byte from there down.
