@@ -235,3 +235,19 @@ def test_biases_take_two_bytes_where_that_is_enough(bias, stored, tmp_path):
     found = verify(model, tmp_path / "net.onnx", [x])
     assert found.ok, found.first_difference
     assert found.different_file == 0
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "w3a3", "w2a2"])
+def test_weights_of_float_kernels_are_constants_at_load(bits, tmp_path):
+    """Else onnxruntime would scale them again in every run; those of integer kernels stay integers."""
+    torch.manual_seed(0)
+    model = settle(CifarResNet(8, 10, 3, width=8), 8, 3, 16, 16)
+    net = quantized(model, bits, torch.randn(16, 3, 16, 16))
+    snap_biases(net, torch.randn(2, 3, 16, 16))
+    export(net, tmp_path / "net.onnx", torch.randn(2, 3, 16, 16))
+    graph = optimized(tmp_path / "net.onnx", tmp_path).graph
+    constants = {t.name for t in graph.initializer}
+    convolutions = [n for n in graph.node if "Conv" in n.op_type]
+    floats = [n for n in convolutions if not n.op_type.startswith("QLinear")]
+    assert 0 < len(floats) < len(convolutions)
+    assert all(n.input[1] in constants for n in floats)
