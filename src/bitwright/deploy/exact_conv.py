@@ -6,6 +6,7 @@ operand keeps a runtime from multiplying it into the weights. These are float ke
 gives its sums (ConvInteger) takes five to eight times as long.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,14 +40,21 @@ def bounds(layer: IntConv) -> torch.Tensor:
     return torch.stack([found[0], found[1:].amax(0)])
 
 
+def called(node: NodeProto) -> str:
+    """The name of the layer or quantizer that a placeholder stands for."""
+    return next((helper.get_attribute_value(a).decode() for a in node.attribute if a.name == "name"), "")
+
+
 @dataclass
 class ExactConvLowering(CompactLowering):
-    """reader: the one node of the exported graph that reads a tensor, by tensor."""
+    """reader: the one node of the exported graph that reads a tensor, by tensor. uses: of placeholders, by name."""
 
     reader: dict[str, NodeProto] = field(default_factory=dict)
+    uses: Counter[str] = field(default_factory=Counter)
 
     def look_at_graph(self, graph: onnx.GraphProto) -> None:
         super().look_at_graph(graph)
+        self.uses = Counter(called(node) for node in graph.node if node.domain == DOMAIN)
         self.reader = {name: node for node in graph.node for name in node.input if name in self.read_once}
 
     def merged(self, y: str) -> bool:
@@ -57,16 +65,19 @@ class ExactConvLowering(CompactLowering):
             node = self.reader.get(y)
         if node is None or node.domain != DOMAIN:
             return False
-        name = next((helper.get_attribute_value(a).decode() for a in node.attribute if a.name == "name"), "")
+        name = called(node)
         codes = self.quantizers.get(name) or getattr(self.layers.get(name), "input_quantizer", None)
         return codes is not None and codes.integer and not codes.shared
 
     def conv(self, layer: IntConv, at: str, x: str, y: str, pads: list[int], sizes: list[int]) -> None:
         whole = layer.bias is None or layer.bias_codes is not None
-        if not layer.integer or (whole and self.merged(y)):
+        merged = self.merged(y)
+        if not layer.integer or (whole and merged):
             return super().conv(layer, at, x, y, pads, sizes)
         if not layer.reproducible:
-            self.floating.add(layer.name)
+            # Constant weights in front of a quantizer a runtime would round to 8 bits of its own.
+            if not merged and self.uses[layer.name] == 1:
+                self.floating.add(layer.name)
             return super().conv(layer, at, x, y, pads, sizes)
         one_piece, two_pieces = (int(bound.max()) < EXACT for bound in bounds(layer))
         if not (one_piece or two_pieces):

@@ -45,17 +45,33 @@ def largest_code(quantizer: Quantizer) -> int:
     return max(affine.hi - zero, zero - affine.lo)
 
 
-def odd_parts(ratios: Sequence[float], largest: Sequence[int], top: int) -> int:
+def container_zero(quantizer: Quantizer) -> int:
+    """What a file adds to codes (`bitwright.deploy.builder.container_zero`)."""
+    return 128 if quantizer.affine().lo < 0 else 0
+
+
+def odd_parts(
+    ratios: Sequence[float], largest: Sequence[int], top: int, zeros: Sequence[int] = (0, 0), zero: int = 0
+) -> int:
     """p of j / p: the largest 2^k - 1 that keeps sums farther from ties than float32 can be off.
 
     Two products, a sum, a division and the scales themselves are each rounded by 2^-24 at most, so that the sum is off
     by (2 * reach + 3 * top) * 2^-24 codes at most, where that matters: reach is the sum of the largest operands.
+    onnxruntime's QLinearAdd computes on what the file holds, codes plus zero points, and takes their share of the sum
+    away by a constant: (a + z_a) r_a + ((b + z_b) r_b + (zero - z_a r_a - z_b r_b)). Beside the zero point 128 of a
+    signed reader float32 is coarse. Each of these is rounded by 2^-24 of its size.
 
     Args:
         ratios: scale of each source / scale of the reader. largest: of each source, see `largest_code`. top: of the
-            reader; sums beyond it are clipped.
+            reader; sums beyond it are clipped. zeros, zero: of the sources and of the reader, in the file.
     """
-    limit = 2.0**23 / (2 * sum(r * k for r, k in zip(ratios, largest, strict=True)) + 3 * (top + 1))
+    reach = sum(r * k for r, k in zip(ratios, largest, strict=True))
+    off = 2 * reach + 3 * (top + 1)
+    if len(ratios) == 2 and (zero or any(zeros)):
+        shift = sum(r * z for r, z in zip(ratios, zeros, strict=True))
+        constant, held = shift + (zero + shift), reach + shift
+        off = max(off, reach + held + constant + (zero + shift + held) + (zero + top + 1))
+    limit = 2.0**23 / off
     # Ratios that were moved before stay, though their parts may now be counted finer: one of these is what was used.
     finer, coarser = (2 ** math.floor(math.log2(limit * slack)) - 1 for slack in (1.01, 0.99))
     used = [p for p in (coarser, finer) if all(whole(r * p) for r in ratios)]
@@ -71,7 +87,8 @@ def parts_of(reading: Requantized, all_of: dict[str, Quantizer]) -> tuple[int, l
     """(p, j of each source): the nearest j / p to the ratios of its scales to the reader's."""
     reader, sources = all_of[reading.reader], [all_of[name] for name in reading.sources]
     ratios = [scale_of(source) / scale_of(reader) for source in sources]
-    parts = odd_parts(ratios, [largest_code(source) for source in sources], largest_code(reader))
+    zeros, zero = [container_zero(source) for source in sources], container_zero(reader)
+    parts = odd_parts(ratios, [largest_code(source) for source in sources], largest_code(reader), zeros, zero)
     return parts, [round(ratio * parts) for ratio in ratios]
 
 
