@@ -53,7 +53,9 @@ class Quantizer(nn.Module):
         self._signed, self._ready = bool(self.signed.item()), bool(self.calibrated.item())
         codes = self.grid.code_range(self._checked(int(self.bits.item())), self._signed)
         if self.code_lo.device != self.bits.device:  # loaded by `assign=True` into a model without memory
-            self.code_lo, self.code_hi = (torch.zeros_like(t, device=self.bits.device) for t in (self.code_lo, self.code_hi))
+            self.code_lo, self.code_hi = (
+                torch.zeros_like(t, device=self.bits.device) for t in (self.code_lo, self.code_hi)
+            )
         self.code_lo.copy_(codes.lo)
         self.code_hi.copy_(codes.hi)
         self._zero = codes.zero
