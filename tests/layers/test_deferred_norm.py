@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from saved import kept_bytes
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import bitwright as bw
 from bitwright import kernels
@@ -252,6 +254,44 @@ def test_only_eager_training_defers():
     assert type(net.norm(first)) is torch.Tensor
     seen = torch.compile(net.train(), backend="eager", fullgraph=True)(x)
     assert type(seen) is torch.Tensor
+
+
+class Checkpointed(nn.Module):
+    """Three parts, those at `places` as gradient checkpoints; norms stand on either side of their borders."""
+
+    def __init__(self, net, places, reentrant):
+        super().__init__()
+        self.parts = nn.ModuleList(
+            [nn.Sequential(net.first, net.norm), nn.Sequential(nn.ReLU(), net.a, net.other), net.b]
+        )
+        self.places, self.reentrant = places, reentrant
+
+    def forward(self, x):
+        for i, part in enumerate(self.parts):
+            x = checkpoint(part, x, use_reentrant=self.reentrant) if i in self.places else part(x)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("places", [(0,), (1,), (2,), (0, 1, 2)])
+def test_gradient_checkpoints_change_nothing(places, reentrant):
+    net, _, x = twins("quantizer")
+    plain = copy.deepcopy(net)
+    x.requires_grad_()
+    (Checkpointed(plain, (), reentrant)(x)).square().sum().backward()
+    (Checkpointed(net, places, reentrant)(x)).square().sum().backward()
+    for (name, a), (_, b) in zip(net.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-3, msg=lambda m, n=name: n + m)
+
+
+def test_gradient_checkpoints_keep_their_input_alone():
+    net, _, x = twins("quantizer")
+    x.requires_grad_()
+    inside = []
+    net.a.register_forward_pre_hook(lambda m, args: inside.append(weakref.ref(args[0])))
+    y = checkpoint(net, x, use_reentrant=False)
+    assert y.requires_grad
+    assert inside[0]() is None
 
 
 def test_what_waits_keeps_no_memory():

@@ -19,6 +19,7 @@ from bitwright.kernels.deferred import Deferred
 from bitwright.kernels.norm import WIDEST
 from bitwright.kernels.reference import EPS, KernelRule, Rounding, scale_gradient
 from bitwright.kernels.sources import Source, keep_sources, noted, remember
+from bitwright.kernels.twice import runs_twice
 
 __all__ = [
     "EPS",
@@ -136,6 +137,7 @@ def is_fused_kind(x: Tensor) -> bool:
         type(x) in (Tensor, torch.nn.Parameter, Deferred)
         and x.dtype in FUSED_DTYPES.get(x.device.type, ())
         and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and _reference_depth == 0
         and x.numel() > 0
     )
@@ -156,6 +158,7 @@ def may_wait(x: Tensor, *parameters: Tensor | None) -> bool:
         and is_fused_kind(x)
         and is_dense(x)
         and not torch.is_inference_mode_enabled()
+        and not runs_twice()
         and fused_available()
     )
 

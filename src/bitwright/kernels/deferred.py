@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from bitwright.errors import BitwrightError
+from bitwright.kernels.twice import runs_twice
 
 aten = torch.ops.aten
 
@@ -22,11 +23,13 @@ aten = torch.ops.aten
 class Pending:
     """What a deferred tensor holds; `value` once somebody has read it. Abstract.
 
-    x: what the values are shaped, laid out and typed as, and computed from.
+    x: what the values are shaped, laid out and typed as, and computed from. tracked: whether gradients reach what they
+    are computed from. Made without, a tensor may still get a history later: as the output of somebody's Function.
     """
 
     def __init__(self, x: Tensor):
         self.x = x
+        self.tracked = torch.is_grad_enabled()
         self.value: Tensor | None = None
         self.note_versions()
 
@@ -91,7 +94,8 @@ class Deferred(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Above autograd: relu, whose own node would keep the values."""
         with torch._C.DisableTorchFunctionSubclass():
-            relu = getattr(args[0].pending, RELUS[func])(args[0]) if func in RELUS else None
+            waits = func in RELUS and not runs_twice() and (args[0].pending.tracked or not args[0].requires_grad)
+            relu = getattr(args[0].pending, RELUS[func])(args[0]) if waits else None
             return func(*args, **(kwargs or {})) if relu is None else relu
 
     @classmethod
@@ -149,7 +153,7 @@ def alike(t: Any, other: Any) -> bool:
 def add(a: Any, b: Any, *, alpha: float = 1) -> Tensor | None:
     """a + b where one of them can wait for it; else None."""
     for t, other in ((a, b), (b, a)):
-        made = t.pending.add(t, other) if alpha == 1 and alike(t, other) else None
+        made = t.pending.add(t, other) if alpha == 1 and alike(t, other) and not runs_twice() else None
         if made is not None:
             return made
     return None
@@ -157,7 +161,7 @@ def add(a: Any, b: Any, *, alpha: float = 1) -> Tensor | None:
 
 def add_(a: Any, b: Any, *, alpha: float = 1) -> Tensor | None:
     """The same in place of `a`."""
-    return a.pending.add_(a, b) if alpha == 1 and alike(a, b) else None
+    return a.pending.add_(a, b) if alpha == 1 and alike(a, b) and not runs_twice() else None
 
 
 # By the names of `Pending`'s methods.
@@ -178,9 +182,9 @@ def quantize(t: Deferred, scale: Tensor, *rest: Any) -> Tensor | None:
     scale and rest: the arguments of `bitwright::fake_quantize` behind its first.
     """
     p = t.pending
-    if p.value is not None or scale.numel() > 1:
+    if p.value is not None or scale.numel() > 1 or runs_twice():
         return None
     p.check()
-    if torch.is_grad_enabled() and (watched(t) or not t.requires_grad):
+    if torch.is_grad_enabled() and (watched(t) or not t.requires_grad or not p.tracked):
         return None
     return p.quantize(t, scale, *rest)

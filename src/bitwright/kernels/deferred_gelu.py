@@ -35,7 +35,11 @@ class Gelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *quantizer: Any) -> Tensor:
         ctx.save_for_backward(x, *quantizer[:7])
         ctx.numbers = quantizer[7:]
-        return gelus.forward(x, *quantizer) if quantizer else Deferred(PendingGelu(x))
+        if quantizer:
+            return gelus.forward(x, *quantizer)
+        pending = PendingGelu(x)
+        pending.tracked = True  # by this node
+        return Deferred(pending)
 
     @staticmethod
     @once_differentiable

@@ -66,7 +66,9 @@ class PendingNorm(Pending):
 
     def addable(self) -> bool:
         """Whether neither an addition nor relu came yet."""
-        return self.value is None and self.other is None and not self.with_relu
+        return (
+            self.value is None and self.other is None and not self.with_relu and self.tracked == torch.is_grad_enabled()
+        )
 
     def add(self, t: Deferred, other: Tensor) -> Tensor | None:
         return Deferred(PendingNorm(self.x, self.norm, other)) if self.addable() else None

@@ -9,6 +9,7 @@ from torch import Tensor
 from bitwright.kernels import fused, gelu
 from bitwright.kernels import norm as norms
 from bitwright.kernels.norm import Norm
+from bitwright.kernels.twice import runs_twice
 
 
 class Source(NamedTuple):
@@ -89,7 +90,7 @@ def keep_sources(*quantized: Tensor) -> AbstractContextManager[Any]:
     A layer that saves both its float input (for the quantizer's backward) and its quantized input (for the layer's)
     keeps 1.5 times what the float layer keeps; with this it keeps the same, for one more forward quantization.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or runs_twice():
         return nullcontext()
     # Looked up by address within this context only, while `quantized` keeps the storages alive.
     sources = {t.data_ptr(): (t.numel(), t.dtype, noted(t)) for t in quantized}
