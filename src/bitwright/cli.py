@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -367,10 +368,18 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         else:
-            print(f"error: {error}" if code < 128 else error, file=sys.stderr)
+            print(f"error: {_line(error)}" if code < 128 else error, file=sys.stderr)
     else:
         code = 0
     sys.exit(code)
+
+
+def _line(error: Exception) -> str:
+    if not _out_of_memory(error):
+        return str(error)
+    tried = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+    much = f" for another {tried[1]}" if tried else ""
+    return f"not enough memory{much}; use a smaller schedule.batch_size (or --batch), image or network"
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -379,4 +388,11 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, BitwrightError):
         return 2
-    return getattr(error, "exit_code", None)
+    return 1 if _out_of_memory(error) else getattr(error, "exit_code", None)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether the machine has too little memory: no bug, and a smaller batch or network helps."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -29,3 +29,11 @@ def test_options_are_the_keyword_only_parameters() -> None:
         check_options(function, {"positional": 2}, "model 'a'")
     with pytest.raises(BitwrightError, match="unknown option 'x' for model 'b'; it takes none"):
         check_options(none, {"x": 2}, "model 'b'")
+
+
+def test_an_option_that_is_a_switch_takes_no_words() -> None:
+    def load(*, augment: bool = True) -> None: ...
+
+    check_options(load, {"augment": False}, "data 'x'")
+    with pytest.raises(BitwrightError, match="data 'x': augment='none' is not accepted; use true or false"):
+        check_options(load, {"augment": "none"}, "data 'x'")

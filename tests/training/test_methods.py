@@ -2,7 +2,7 @@
 
 import pytest
 
-from bitwright import export, verify
+from bitwright import BitwrightError, export, verify
 from bitwright.training.folder import load_run
 
 from . import runs
@@ -18,6 +18,27 @@ def test_every_name_trains_and_leaves_its_losses(tmp_path):
     assert {"loss_task", "loss_kd", "loss_bwrf_branches", "pege/rate", "pege/discretization_error"} <= last.keys()
     assert last["pege/rate"] == 1.0
     assert summary["methods"] == {}
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ("[{kd: {foo: 1}}]", r"methods\.0\.kd: unknown option 'foo'; accepted: temperature, weight"),
+        ("[kd, {kd: {weight: 2}}]", r"methods\.1: 'kd' is there already; use each method once"),
+        ("[{kd: {temperature: abc}}]", r"methods\.0\.kd: temperature='abc' is not accepted; use a valid number"),
+        ("[{kd: {weight: true}}]", r"methods\.0\.kd: weight=True is not accepted; use a valid number"),
+        ("[kd, {bwrf: {sample: maybe}}]", r"methods\.1\.bwrf: sample='maybe' is not accepted; use a valid boolean"),
+        ("[{bwrf: {seed: abc}}]", r"methods\.0\.bwrf: seed='abc' is not accepted; use a valid integer"),
+        ("[{adaqat: {budget: 100KB}}]", r"methods\.0\.adaqat: budget='100KB' is not accepted; use a.* object"),
+        ("[{adaqat: {fixed: [1]}}]", r"methods\.0\.adaqat: fixed=\[1\] is not accepted; use a valid string"),
+        ("[allocation]", r"methods\.0\.allocation: needs the option 'budget'"),
+    ],
+)
+def test_options_that_are_not_accepted_make_no_folder(tmp_path, methods, message):
+    with pytest.raises(BitwrightError, match=message):
+        runs.train(tmp_path, PARTNER, f"methods={methods}")
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("two_passes", ["saq", "gaqat"])

@@ -9,7 +9,7 @@ A `kernel_rule` names the fused kernels' form of the same gradient, where they h
 
 from typing import Any
 
-from bitwright.errors import BitwrightError
+from bitwright.errors import BitwrightError, option_error
 from bitwright.estimators.dsq import DSQ
 from bitwright.estimators.ewgs import EWGS
 from bitwright.estimators.pege import PEGE
@@ -27,4 +27,4 @@ def make_estimator(name: str, options: dict[str, Any]) -> STE | ClippedSTE | EWG
     try:
         return ESTIMATORS[name](**options)
     except TypeError as error:
-        raise BitwrightError(f"estimator_options of {name!r}: {error}") from None
+        raise option_error(f"estimator_options of {name!r}", ESTIMATORS[name], error) from None

@@ -6,7 +6,7 @@ reaches it as a `CodeRange`, the gradient as an estimator.
 
 from typing import Any
 
-from bitwright.errors import BitwrightError
+from bitwright.errors import BitwrightError, option_error
 from bitwright.grids.base import Affine, CodeRange, Grid, Shape, Stats, code_range
 from bitwright.grids.dorefa import DoReFa
 from bitwright.grids.lsq import LSQ
@@ -55,4 +55,4 @@ def make_grid(name: str, shape: Shape, options: dict[str, Any]) -> Grid:
     try:
         return GRIDS[name][shape.role](shape, **options)
     except TypeError as error:
-        raise BitwrightError(f"grid_options of {name!r}: {error}") from None
+        raise option_error(f"grid_options of {name!r}", GRIDS[name][shape.role], error) from None

@@ -81,6 +81,14 @@ class RunFolder:
         finally:
             os.close(handle)
 
+    def identity(self) -> tuple[int, int] | None:
+        """Tells this folder from another one of the same name; None where there is none."""
+        try:
+            found = os.stat(self.root)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
     def claim(self, *, overwrite: bool) -> None:
         """Make the folder ready for a new run; with `overwrite`, the files of an earlier one are removed.
 

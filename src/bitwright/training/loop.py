@@ -90,6 +90,7 @@ class Trainer:
         Raises: Interrupted after a signal, with the state saved; Diverged when the loss is not finite, with the last
         good checkpoint in place; BitwrightError for bad input and for files that cannot be written.
         """
+        self._identity = self.folder.identity()
         state = load_checkpoint(self.folder.checkpoint, digest=self.recipe.digest()) if resume else None
         if state is None:
             self._calibrate()
@@ -300,8 +301,12 @@ class Trainer:
         self.seconds, self._ticked = self.seconds + now - self._ticked, now
 
     def _save(self) -> None:
-        """Write the checkpoint; weights that are not finite are never saved."""
+        """Write the checkpoint; weights that are not finite are never saved, nor is anything in another run's folder."""
         self._tick()
+        if self.folder.identity() != self._identity:
+            raise BitwrightError(
+                f"{self.folder.root}: removed or replaced while a run was training there; nothing saved"
+            )
         where = first_bad_tensor(self.model)
         if where:
             raise Diverged(self._diverged("the network", where))

@@ -23,7 +23,7 @@ from bitwright.methods import (
     PEGECurriculum,
 )
 from bitwright.training.data import Dataset
-from bitwright.training.lookup import close_matches
+from bitwright.training.lookup import check_types, close_matches
 from bitwright.training.recipe import Recipe
 
 
@@ -153,19 +153,43 @@ METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
 }
 
 
+# What each name makes, for the names and types of its options; GIVEN are the parameters that the context fills.
+MADE: dict[str, type[Method]] = {
+    "kd": KD,
+    "bwrf": BWRF,
+    "pege": PEGECurriculum,
+    "adaqat": AdaQAT,
+    "hgq": HGQ,
+    "allocation": Allocation,
+    "ewgs": EWGSDelta,
+    "cage": CAGE,
+    "amed": AMED,
+    "constrained": Constrained,
+    "saq": SAQ,
+    "gaqat": GAQAT,
+}
+GIVEN = ("model", "partner", "teacher", "loss_fn", "costs", "total_steps", "batches")
+
+
 def make_methods(wanted: list[dict[str, dict[str, Any]]], context: MethodContext) -> list[Method]:
     """The methods of a recipe, in its order.
 
-    wanted: [{name: options}, …]. Raises: BitwrightError for an unknown name or option.
+    wanted: [{name: options}, …].
+
+    Raises: BitwrightError for an unknown name, a name given twice, and options that are unknown or of another type.
     """
-    made = []
+    made: list[Method] = []
+    names = [name for entry in wanted for name in entry]
     for index, entry in enumerate(wanted):
         ((name, options),) = entry.items()
         if name not in METHODS:
             raise BitwrightError(f"methods.{index}: {name!r} is not accepted; {close_matches(name, METHODS)}")
-        try:
-            made.append(METHODS[name](options, context))
-        except TypeError as error:
-            reason = str(error).partition(") ")[2].replace("__init__() ", "") or str(error)
-            raise BitwrightError(f"methods.{index}.{name}: {reason}") from None
+        if name in names[:index]:
+            raise BitwrightError(f"methods.{index}: {name!r} is there already; use each method once")
+        if name in MADE:
+            try:
+                check_types(MADE[name], options, GIVEN)
+            except BitwrightError as error:
+                raise BitwrightError(f"methods.{index}.{name}: {error}") from None
+        made.append(METHODS[name](options, context))
     return made

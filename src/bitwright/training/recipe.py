@@ -14,6 +14,8 @@ from bitwright.topology import Topology
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch takes
+Threads = Annotated[int, Field(ge=1, le=1024)]  # OpenMP dies of far more
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 WHERE = ("device", "threads")  # keys that say where a run happens, not what it computes
@@ -92,7 +94,7 @@ class PartnerSection(Section):
     pretrained: bool = False
     optimizer: OptimizerSection = OptimizerSection(lr=0.1)
     schedule: ScheduleSection = ScheduleSection()
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _one_source(self) -> "PartnerSection":
@@ -148,13 +150,13 @@ class Recipe(Section):
     partner: PartnerSection | None = None
     teacher: TeacherSection | None = None
     calibration: CalibrationSection = CalibrationSection()
-    seed: int = 0
+    seed: Seed = 0
     amp: Literal["none", "bf16"] = "none"
     channels_last: bool = False
     compile: bool = False
     activation_memory: Annotated[float, Field(ge=0, le=1)] = 1.0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    threads: Count | None = None
+    threads: Threads | None = None
 
     @model_validator(mode="after")
     def _compiled_only(self) -> "Recipe":

@@ -157,6 +157,8 @@ def _one_line(error: ValidationError, source: str, overrides: list[tuple[str, ..
         return f"{source}: {path}: unknown key; {close_matches(loc[-1], known)}"
     if first["type"] == "missing":
         return f"{source}: {path} is missing"
+    if not path:  # of keys that do not go together: the value would be the whole recipe
+        return f"{source}: {_accepted(first, loc)}"
     return f"{source}: {path}: {first['input']!r} is not accepted; use {_accepted(first, loc)}"
 
 

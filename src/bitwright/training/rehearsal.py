@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from bitwright.errors import BitwrightError
 from bitwright.step import Step
 from bitwright.training.data import Dataset
 from bitwright.training.methods import make_methods, method_context
@@ -19,6 +20,12 @@ def rehearse(recipe: Recipe, dataset: Dataset) -> None:
     Raises:
         BitwrightError: as the parts of a run do, naming the recipe.
     """
+    batches = dataset.steps_per_epoch(recipe.schedule.batch_size) * recipe.schedule.epochs
+    if recipe.optimizer.accumulate > batches:
+        raise BitwrightError(
+            f"{recipe.source}: optimizer.accumulate: {recipe.optimizer.accumulate} is not accepted; "
+            f"use a number up to {batches}, the batches of the whole training"
+        )
     weights = None if recipe.partner is None else named_weights(recipe.partner)
     model = quantize(recipe, float_model(recipe, dataset, extra=weights), dataset)
     if not recipe.methods:
