@@ -161,6 +161,9 @@ def test_latencies_are_measured_into_a_file_that_a_budget_can_name(bitwright, tr
     missing = budget.replace(str(file), str(tmp_path / "none.csv"))
     line = refused(bitwright("train", trained / "recipe.yaml", missing, "--out", tmp_path / "other"))
     assert "none.csv: cannot be read as a table of latencies" in line
+    number = budget.replace(str(file), "5")
+    line = refused(bitwright("train", trained / "recipe.yaml", number, "--out", tmp_path / "other"))
+    assert "latencies=5 is not accepted; use the path of a table" in line
 
 
 def test_export_then_verify_then_a_changed_file(bitwright, trained, tmp_path):

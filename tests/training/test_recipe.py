@@ -142,7 +142,7 @@ def test_a_bad_value_is_one_line_with_key_value_and_what_is_accepted(path, overr
 
 def test_messages_name_the_file_or_the_command_line(path):
     path.write_text(BASE + "seed: a\n")
-    assert error_of(path) == f"{path}: seed: 'a' is not accepted; use a whole number"
+    assert error_of(path) == f"{path}: seed: 'a' is not accepted; use a whole number of at least 0 and below {2**63}"
     path.write_text(BASE)
     assert error_of(path, "seed=a").startswith("command line: seed: 'a'")
 

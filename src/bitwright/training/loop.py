@@ -301,7 +301,7 @@ class Trainer:
         self.seconds, self._ticked = self.seconds + now - self._ticked, now
 
     def _save(self) -> None:
-        """Write the checkpoint; weights that are not finite are never saved, nor is anything in another run's folder."""
+        """Write the checkpoint; never weights that are not finite, and nothing into another run's folder."""
         self._tick()
         if self.folder.identity() != self._identity:
             raise BitwrightError(

@@ -100,10 +100,17 @@ def _hgq(options: dict[str, Any], context: MethodContext) -> Method:
     return HGQ(context.model, context.steps, context.cost_table(), **options)
 
 
-def _allocation(options: dict[str, Any], context: MethodContext) -> Method:
+def _costed(options: dict[str, Any], context: MethodContext) -> tuple[Any, dict[str, Any]]:
+    """(the table of costs, with the latencies of the file that the options name, if any; the other options)."""
     latencies = options.get("latencies")
-    rest = {k: v for k, v in options.items() if k != "latencies"}
-    return Allocation(context.model, context.cost_table(latencies), **rest)
+    if not isinstance(latencies, str | None):
+        raise BitwrightError(f"methods: latencies={latencies!r} is not accepted; use the path of a table (CSV)")
+    return context.cost_table(latencies), {k: v for k, v in options.items() if k != "latencies"}
+
+
+def _allocation(options: dict[str, Any], context: MethodContext) -> Method:
+    costs, rest = _costed(options, context)
+    return Allocation(context.model, costs, **rest)
 
 
 def _cage(options: dict[str, Any], context: MethodContext) -> Method:
@@ -111,9 +118,8 @@ def _cage(options: dict[str, Any], context: MethodContext) -> Method:
 
 
 def _amed(options: dict[str, Any], context: MethodContext) -> Method:
-    latencies = options.get("latencies")
-    rest = {k: v for k, v in options.items() if k != "latencies"}
-    return AMED(context.model, context.steps, context.cost_table(latencies), **{"seed": context.seed, **rest})
+    costs, rest = _costed(options, context)
+    return AMED(context.model, context.steps, costs, **{"seed": context.seed, **rest})
 
 
 def _constrained(options: dict[str, Any], context: MethodContext) -> Method:
@@ -168,6 +174,8 @@ MADE: dict[str, type[Method]] = {
     "saq": SAQ,
     "gaqat": GAQAT,
 }
+# `latencies` of those in COSTED is a file, from which the context makes their costs.
+COSTED = ("allocation", "amed")
 GIVEN = ("model", "partner", "teacher", "loss_fn", "costs", "total_steps", "batches")
 
 
@@ -187,8 +195,9 @@ def make_methods(wanted: list[dict[str, dict[str, Any]]], context: MethodContext
         if name in names[:index]:
             raise BitwrightError(f"methods.{index}: {name!r} is there already; use each method once")
         if name in MADE:
+            own = {k: v for k, v in options.items() if not (k == "latencies" and name in COSTED)}
             try:
-                check_types(MADE[name], options, GIVEN)
+                check_types(MADE[name], own, GIVEN)
             except BitwrightError as error:
                 raise BitwrightError(f"methods.{index}.{name}: {error}") from None
         made.append(METHODS[name](options, context))
