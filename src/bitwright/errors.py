@@ -13,6 +13,6 @@ class BitwrightError(Exception):
 
 
 def option_error(owner: str, function: Callable[..., Any], error: TypeError) -> BitwrightError:
-    """The line for a TypeError of `function(…, **options)`, with the options that there are: parameters with defaults."""
+    """The line for a TypeError of `function(…, **options)`, with what it accepts: parameters with defaults."""
     known = [n for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty]
     return BitwrightError(f"{owner}: {error}; accepted: {', '.join(known) or 'none'}")
