@@ -303,6 +303,13 @@ def test_a_diverged_run_exits_with_1(bitwright, tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_too_little_memory_is_one_line(bitwright, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    huge = "model.options.width=1000000000000"
+    assert "not enough memory" in refused(bitwright("train", "tiny.yaml", huge, "--out", "run"), code=1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_traceback_only_with_debug(bitwright):
     _, _, err = bitwright("eval", "nowhere")
     assert "Traceback" not in err

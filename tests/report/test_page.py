@@ -108,6 +108,16 @@ def test_mistakes_are_one_line(tmp_path):
     (run / "summary.json").write_text("[]")
     with pytest.raises(BitwrightError, match=r"summary.json: an object is expected"):
         write_report([run], tmp_path / "report.html")
+    (run / "summary.json").write_text('{"accuracy": 0.5, "versions": 3}')
+    with pytest.raises(BitwrightError, match=r"summary\.json: versions is 3; an object is expected"):
+        write_report([run], tmp_path / "report.html")
     with pytest.raises(BitwrightError, match="cannot be written"):
         write_report([make_run(tmp_path / "three")], tmp_path / "absent" / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing_beside_it(tmp_path):
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(BitwrightError, match="cannot be written"):
+        write_report([make_run(tmp_path / "run")], tmp_path / "report.html")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "run"]

@@ -3,6 +3,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -461,3 +462,32 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
     assert resume(tmp_path)["epochs"] == 3
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["removed", "replaced"])
+def test_a_folder_that_was_removed_or_replaced_gets_no_files_of_the_old_run(tmp_path, monkeypatch, again):
+    folder, epoch = tmp_path / "run", Trainer._train_epoch
+
+    def meanwhile(self):
+        shutil.move(folder, tmp_path / "away")
+        if again:
+            folder.mkdir()
+        return epoch(self)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", meanwhile)
+    with pytest.raises(BitwrightError, match=r"run: removed or replaced while a run was training there"):
+        train(tmp_path, "schedule.epochs=1")
+    assert not (folder / "checkpoint.pt").exists()
+    assert not (folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("key", "accepted"), [("grid_options", "init"), ("estimator_options", "none")])
+def test_an_unknown_option_of_a_grid_or_estimator_is_answered_with_those_that_there_are(tmp_path, key, accepted):
+    with pytest.raises(BitwrightError, match=rf"{key} of .* unexpected keyword argument 'foo'; accepted: {accepted}$"):
+        train(tmp_path, f"{key}.foo=1")
+
+
+def test_a_training_without_one_optimizer_step_is_refused(tmp_path):
+    with pytest.raises(BitwrightError, match=r"optimizer\.accumulate: 13 is not accepted; use a number up to 12"):
+        train(tmp_path, "optimizer.accumulate=13")
+    assert not (tmp_path / "run").exists()

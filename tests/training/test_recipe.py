@@ -130,6 +130,9 @@ def test_float_partners_are_shared_by_runs_that_differ_only_in_quantization(path
         ("partner={checkpoint: a.pt, pretrained: true}", "either checkpoint or pretrained, not both"),
         ("rules.3.weight=1", "rules has 1 entries; use a number below that, not 3"),
         ("seed.x=1", None),
+        ("seed=-1", "seed: -1 is not accepted; use a whole number of at least 0"),
+        ("seed=99999999999999999999999", "seed: 99999999999999999999999 is not accepted"),
+        ("threads=100000", "threads: 100000 is not accepted; use a whole number from 1 to 1024"),
         ("epochs", "'epochs' is not accepted; use key=value"),
         ("a=[", "the value is not valid YAML"),
     ],
@@ -145,6 +148,10 @@ def test_messages_name_the_file_or_the_command_line(path):
     assert error_of(path) == f"{path}: seed: 'a' is not accepted; use a whole number of at least 0 and below {2**63}"
     path.write_text(BASE)
     assert error_of(path, "seed=a").startswith("command line: seed: 'a'")
+
+
+def test_keys_that_do_not_go_together_are_said_without_the_whole_recipe(path):
+    assert error_of(path, "activation_memory=0.5") == f"{path}: activation_memory needs compile: true"
 
 
 def test_forgotten_bits_are_not_a_float_network(path):

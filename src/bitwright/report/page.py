@@ -1,5 +1,6 @@
 """`write_report`: from the folders of runs to one HTML file."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
         temporary.write_text(page)
         temporary.replace(out)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise BitwrightError(f"{out}: cannot be written: {error.strerror or error}") from None
 
 

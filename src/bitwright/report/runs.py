@@ -69,4 +69,7 @@ def _summary(path: Path) -> dict[str, Any] | None:
         raise BitwrightError(f"{path}: not JSON ({error})") from None
     if not isinstance(found, dict):
         raise BitwrightError(f"{path}: an object is expected")
+    for key in ("weight_bits", "input_bits", "versions", "methods"):
+        if not isinstance(found.get(key, {}), dict):
+            raise BitwrightError(f"{path}: {key} is {found[key]!r}; an object is expected")
     return found

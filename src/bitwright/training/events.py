@@ -21,6 +21,7 @@ class EventLog:
 
         try:
             self._writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
+            self._writer.flush()  # the file's head now, not from a thread when the folder may be gone
         except OSError as error:
             raise cannot_write(self.folder, error) from None
         return self

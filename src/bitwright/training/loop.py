@@ -284,6 +284,7 @@ class Trainer:
         self.rows.append(row)
         self.epoch, self.position = self.epoch + 1, 0
         self.meter.reset()
+        self._check_folder()
         events.add(row)  # before the checkpoint: after a kill between the two, the resumed run replaces it
         self._save()
         self._write_metrics()
@@ -300,13 +301,17 @@ class Trainer:
         now = time.perf_counter()
         self.seconds, self._ticked = self.seconds + now - self._ticked, now
 
-    def _save(self) -> None:
-        """Write the checkpoint; never weights that are not finite, and nothing into another run's folder."""
-        self._tick()
-        if self.folder.identity() != self._identity:
+    def _check_folder(self) -> None:
+        """Raise BitwrightError where the folder is no longer the one that the run began in."""
+        if self._identity is None or self.folder.identity() != self._identity:
             raise BitwrightError(
                 f"{self.folder.root}: removed or replaced while a run was training there; nothing saved"
             )
+
+    def _save(self) -> None:
+        """Write the checkpoint; never weights that are not finite, and nothing into another run's folder."""
+        self._tick()
+        self._check_folder()
         where = first_bad_tensor(self.model)
         if where:
             raise Diverged(self._diverged("the network", where))
