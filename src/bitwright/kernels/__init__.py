@@ -137,7 +137,6 @@ def is_fused_kind(x: Tensor) -> bool:
         type(x) in (Tensor, torch.nn.Parameter, Deferred)
         and x.dtype in FUSED_DTYPES.get(x.device.type, ())
         and not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
         and _reference_depth == 0
         and x.numel() > 0
     )
