@@ -236,6 +236,7 @@ def test_other_targets_are_recognised_by_content(bitwright, trained, tmp_path):
 
 def test_from_a_network_in_a_file_its_weights_and_a_budget_to_a_verified_file(bitwright, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "net", raising=False)  # another test's
     (tmp_path / "net.py").write_text(NET)
     (tmp_path / "recipe.yaml").write_text(BUDGET_RECIPE)
     assert "net.pt: no such checkpoint file" in refused(bitwright("train", "recipe.yaml", "--out", "run"))

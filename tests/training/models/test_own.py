@@ -47,6 +47,7 @@ number = lambda: 5
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "net", raising=False)  # another test's
     (tmp_path / "net.py").write_text(NET)
     (tmp_path / "blocks.py").write_text("WIDTH = 6\n")
     yield tmp_path
