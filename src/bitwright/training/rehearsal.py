@@ -26,6 +26,11 @@ def rehearse(recipe: Recipe, dataset: Dataset) -> None:
             f"{recipe.source}: optimizer.accumulate: {recipe.optimizer.accumulate} is not accepted; "
             f"use a number up to {batches}, the batches of the whole training"
         )
+    if recipe.channels_last and dataset.blank.ndim != 4:
+        raise BitwrightError(
+            f"{recipe.source}: channels_last: true is not accepted; it is for images, and the samples of "
+            f"{dataset.name} have shape {tuple(dataset.blank.shape[1:])}"
+        )
     weights = None if recipe.partner is None else named_weights(recipe.partner)
     model = quantize(recipe, float_model(recipe, dataset, extra=weights), dataset)
     if not recipe.methods:
@@ -35,7 +40,7 @@ def rehearse(recipe: Recipe, dataset: Dataset) -> None:
     if recipe.teacher is not None:
         given = named_weights(recipe.teacher)
         teacher = float_model(teacher_recipe(recipe, recipe.teacher), dataset, extra=given).eval()
-    example = torch.zeros(2, dataset.in_channels, dataset.image_size, dataset.image_size)
+    example = dataset.blank.repeat_interleave(2, 0)
     with blame(recipe.source):
         methods = make_methods(
             recipe.methods, method_context(recipe, dataset, model, partner, example, F.cross_entropy, teacher)

@@ -16,6 +16,7 @@ from bitwright.prepare import prepare
 from bitwright.rules import resolve
 from bitwright.topology import topology
 from bitwright.training.data import Dataset, load_data
+from bitwright.training.machine import cores
 from bitwright.training.models import build_model
 from bitwright.training.recipe import Recipe
 
@@ -45,16 +46,11 @@ def set_threads(recipe: Recipe) -> int:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(_cores())
+        torch.set_num_threads(cores())
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
     return torch.get_num_threads()
-
-
-def _cores() -> int:
-    """Cores that this process may use; not every system can say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def recipe_data(recipe: Recipe, cache: Path | None = None) -> Dataset:
@@ -80,6 +76,7 @@ def float_model(
             num_classes=dataset.num_classes,
             in_channels=dataset.in_channels,
             image_size=dataset.image_size,
+            example=dataset.blank,
             **{**given, **(extra or {})},
         )
 
@@ -92,8 +89,7 @@ def quantize(recipe: Recipe, model: nn.Module, dataset: Dataset) -> nn.Module:
     with blame(recipe.source):
         resolve(model, recipe.rules)  # alone first, so that a message numbers them as the recipe does
         rules = recipe.all_rules()
-        image = torch.zeros(1, dataset.in_channels, dataset.image_size, dataset.image_size)
-        prepare(model, recipe.all_rules(topology(model, image, recipe.topology, rules=rules)))
+        prepare(model, recipe.all_rules(topology(model, dataset.blank, recipe.topology, rules=rules)))
         return make_reproducible(model) if recipe.reproducible else model
 
 

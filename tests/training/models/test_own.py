@@ -109,11 +109,11 @@ def test_a_checkpoint_of_it(folder: Path) -> None:
         ("net.py:needs", {}, r"'net\.py:needs': needs the option 'depth'"),
         ("net.py:Net", {"width": -1}, r"'net\.py:Net': cannot be made \(RuntimeError: "),
         ("net.py:breaks", {}, r"'net\.py:breaks': cannot be made \(TypeError: .*net\.py, line \d+\)"),
-        ("net.py:Wide", {}, r"'net\.py:Wide': its output is a dict; .*\(images, classes\)"),
+        ("net.py:Wide", {}, r"'net\.py:Wide': its output is a dict; .*\(samples, classes\)"),
         ("net.py:Net", {"pretrained": True}, r"has no published weights; give checkpoint=FILE"),
         ("bad.py:Net", {}, r"'bad\.py:Net': cannot be imported \(SyntaxError: .*bad\.py, line 2\)"),
         ("exits.py:Net", {}, r"'exits\.py:Net': cannot be imported \(SystemExit: 3"),
-        ("three.py:Net", {}, r"'three\.py:Net': fails on images of shape \(1, 1, 8, 8\) \(RuntimeError: "),
+        ("three.py:Net", {}, r"'three\.py:Net': fails on samples of shape \(1, 1, 8, 8\) \(RuntimeError: "),
         ("few.py:Net", {}, r"'few\.py:Net': its output has shape \(1, 4\); the data has 10 classes"),
     ],
 )

@@ -10,11 +10,15 @@ from torch import Tensor
 
 from bitwright.errors import BitwrightError
 
-Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) float32, normalised; labels (N,) int64; both on the device
+# Samples (N, ...), of images (N, C, H, W) float32, normalised; labels (N,) int64; both on the device.
+Batch = tuple[Tensor, Tensor]
 
 
 class Dataset(Protocol):
-    """A training and a test split of labelled images.
+    """A training and a test split of labelled samples: images, except in a user's own set.
+
+    blank: one sample of zeros, (1, ...), as batches have them. in_channels: its axis 1. image_size: height and width
+    of square images, else None.
 
     Nothing here reads or moves torch's global random state: every draw comes from a generator of its own, seeded by
     (seed, epoch, step or sample), so that a run that resumes in the middle of an epoch sees what it would have seen.
@@ -27,7 +31,9 @@ class Dataset(Protocol):
     @property
     def in_channels(self) -> int: ...
     @property
-    def image_size(self) -> int: ...
+    def image_size(self) -> int | None: ...
+    @property
+    def blank(self) -> Tensor: ...
     @property
     def train_size(self) -> int: ...
     @property

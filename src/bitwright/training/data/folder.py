@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import random
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from bitwright.training.data.dataset import (
     normalise,
     take_subset,
 )
+from bitwright.training.data.loading import default_workers, ignore_interrupts
 from bitwright.training.data.pictures import import_pillow, open_picture, plain_pixels, train_pixels
 from bitwright.training.data.sources import search_folders
 
@@ -53,6 +53,10 @@ class FolderDataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     in_channels: int = 3
+
+    @property
+    def blank(self) -> Tensor:
+        return torch.zeros(1, self.in_channels, self.image_size, self.image_size)
 
     @property
     def train_size(self) -> int:
@@ -94,7 +98,7 @@ class FolderDataset:
             num_workers=min(self.workers, len(index)),
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_interrupts_to_the_parent,
+            worker_init_fn=ignore_interrupts,
             generator=generator("loader"),  # otherwise it draws from, and so moves, the global state
         )
         for found in loader:
@@ -141,10 +145,6 @@ def _collate(samples: list[tuple[np.ndarray, int] | str]) -> tuple[Tensor, Tenso
     return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
 
 
-def _leave_interrupts_to_the_parent(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def imagefolder(
     name: str,
     *,
@@ -169,7 +169,7 @@ def imagefolder(
     """
     import_pillow()
     resize = image_size * 8 // 7 if resize is None else resize
-    workers = min(8, _cores()) if workers is None else workers
+    workers = default_workers() if workers is None else workers
     for option, value, least in (
         ("image_size", image_size, 1),
         ("resize", resize, image_size),
@@ -208,10 +208,6 @@ def imagefolder(
         mean=mean_,
         std=std_,
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _classes(folder: Path) -> list[str]:

@@ -11,6 +11,7 @@ from bitwright.training.data.dataset import Dataset
 from bitwright.training.data.digits import digits
 from bitwright.training.data.fashion_mnist import FILES, fashion_mnist
 from bitwright.training.data.folder import imagefolder
+from bitwright.training.data.own import own_data
 from bitwright.training.lookup import check_options, close_matches
 
 DATA: dict[str, Callable[..., Dataset]] = {
@@ -26,7 +27,7 @@ DATA: dict[str, Callable[..., Dataset]] = {
 def load_data(
     name: str, *, data_dir: str | Path | None = None, cache: str | Path | None = None, **options: Any
 ) -> Dataset:
-    """The data set called `name`, a key of `DATA`.
+    """The data set called `name`, a key of `DATA`, or `FILE.py:NAME` for one of the user's own (`own.own_data`).
 
     data_dir: the first place to look in. cache: the folder for downloads, by default `bitwright` in the user's cache
     folder; looked in too. options: `subset` (n training images, every class in proportion, always the same ones),
@@ -36,8 +37,10 @@ def load_data(
     Raises: BitwrightError for an unknown name (with close matches) or option, and for data that is missing, damaged
     or cannot be fetched.
     """
+    if ":" in name:
+        return own_data(name, data_dir=data_dir, **options)
     if name not in DATA:
-        raise BitwrightError(f"unknown data {name!r}; {close_matches(name, DATA)}")
+        raise BitwrightError(f"unknown data {name!r}; {close_matches(name, [*DATA, 'FILE.py:NAME'])}")
     loader = DATA[name]
     check_options(loader, options, f"data {name!r}")
     if loader is not digits:

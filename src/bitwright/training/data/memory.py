@@ -67,6 +67,10 @@ class MemoryDataset:
         return self.train_images.shape[-1]
 
     @property
+    def blank(self) -> Tensor:
+        return torch.zeros(1, *self.train_images.shape[1:])
+
+    @property
     def train_size(self) -> int:
         return len(self.train_images)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
 from bitwright.training.lookup import check_options, close_matches, first_line
@@ -41,6 +41,7 @@ def build_model(
     num_classes: int,
     in_channels: int = 3,
     image_size: int | None = None,
+    example: Tensor | None = None,
     pretrained: bool = False,
     checkpoint: str | Path | None = None,
     **options: Any,
@@ -51,6 +52,7 @@ def build_model(
     (`own.own_model`).
     image_size: height and width of the images; needed only by models that fix it (vgg_small: 32 by default,
     vision transformers: their own default).
+    example: one sample of the data, (1, ...), that networks of the user's own are tried on.
     pretrained: weights that torchvision or timm publishes (a download into their own caches); a classifier for
     another number of classes starts fresh.
     checkpoint: a file with a state dict that fits exactly (`weights.read_weights`).
@@ -68,7 +70,7 @@ def build_model(
         if pretrained:
             raise without
         sizes: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
-        model = own_model(name, **sizes, options=options)
+        model = own_model(name, **sizes, example=example, options=options)
     elif library == "torchvision":
         model = _torchvision(inner, num_classes, in_channels, image_size, pretrained, options)
     elif library == "timm":
