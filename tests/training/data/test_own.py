@@ -135,10 +135,9 @@ def test_an_epoch_repeats_and_can_be_entered_anywhere(folder: Path) -> None:
     assert torch.equal(y, again[1])
     assert torch.equal(x[48:], epoch(data, 0, start=3)[0])
     assert sorted(y.tolist()) == [0] * 32 + [1] * 32 + [2] * 32
-    # Another epoch and another seed draw other noise, also for the same sample.
-    assert (
-        len({float(v[0].abs().max()) for v in (x[y == 0][0], epoch(data, 1)[0][0], epoch(data, 0, seed=1)[0][0])}) == 3
-    )
+    # Another epoch and another seed draw other noise for the same samples.
+    others = x, epoch(data, 1)[0], epoch(data, 0, seed=1)[0]
+    assert len({round(float(v.double().sum()), 3) for v in others}) == 3
 
 
 def test_workers_draw_what_the_process_itself_draws(folder: Path) -> None:
@@ -218,7 +217,7 @@ def test_what_is_wrong_with_it_in_one_line(folder: Path, name: str, options: dic
     [
         (
             "shape",
-            r"train sample 3 is torch\.float32 of shape \(1, 41\), the first one torch\.float32 of shape \(1, 40\)",
+            r"train sample 3 is torch\.float32 of shape \(1, 41\), the first one .* of shape \(1, 40\)",
         ),
         ("label", r"train sample 3 has label 3; accepted are 0 to 2"),
         ("later", r"train sample [1-7] cannot be read \(IndexError: "),
