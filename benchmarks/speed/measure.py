@@ -14,15 +14,25 @@ import torch
 import bitwright as bw
 
 
-def alternate(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """CPU seconds of each run in each round; runs alternate, so that other work on the machine meets all alike."""
+def clock(device: str = "cpu") -> float:
+    """Seconds: of the process's CPU time; on a GPU of the wall's, after all work given to it is done."""
+    if torch.device(device).type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def alternate(
+    runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds (`clock`) of each run in each round; runs alternate: other work on the machine meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + warmup):
         for name, run in runs.items():
-            start = time.process_time()
+            start = clock(device)
             run()
             if i >= warmup:
-                times[name].append(time.process_time() - start)
+                times[name].append(clock(device) - start)
     return times
 
 
@@ -48,8 +58,10 @@ def saved_bytes(step: bw.Step, x: torch.Tensor, y: torch.Tensor) -> int:
     return sum(seen.values())
 
 
-def machine() -> dict[str, str]:
-    """Columns that say where a row comes from."""
+def machine(device: str = "cpu") -> dict[str, str]:
+    """Columns that say where a row comes from; `cpu` holds the GPU's name for figures of a GPU."""
+    if torch.device(device).type != "cpu":
+        return {"torch": torch.__version__, "cpu": torch.cuda.get_device_name(device)}
     name = platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -132,8 +132,8 @@ def main() -> None:
         "bitwright": lambda: make_step(quantized(model, "w4a4", x)),
     }
     if args.compiled:
-        known["float-compiled"] = lambda: make_step(copy.deepcopy(model), memory=1.0)
-        known["bitwright-compiled"] = lambda: make_step(quantized(model, "w4a4", x), memory=1.0)
+        known["float-compiled"] = lambda: make_step(copy.deepcopy(model), compiled={})
+        known["bitwright-compiled"] = lambda: make_step(quantized(model, "w4a4", x), compiled={})
     known |= {name: partial(build, name, model, x) for name in args.peers}
     steps = {}
     for name, make in known.items():

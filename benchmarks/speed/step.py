@@ -11,7 +11,9 @@ pass, counted by saved-tensor hooks (parameters left out), as a ratio to the eag
 is the mean of its 8 steps between two updates, probes included. Freed memory is kept, as `bitwright train` does
 (`memory.py` measures that). `-compiled`: Inductor; `-lean`: Inductor with `activation_memory=0.7`.
 `float-waiting`: the float step with norms that wait for relu and sums, as `bitwright train` trains float partners.
+`-graphs`: Inductor with CUDA graphs (`mode="reduce-overhead"`), where kernels are shorter than their launches.
 `--bf16`: every case under bfloat16 autocast, for processors that have it (others emulate it, slowly).
+`--device cuda`: on a GPU, where a time is the wall's over `--repeats` steps, launches and synchronisation included.
 `--channels-last`: weights and images in that layout. `--topology`: of the `lsq` cases; the others have float sums.
 """
 
@@ -22,6 +24,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +41,7 @@ from bitwright.training.models import build_model
 
 SIZES = {"resnet8": 32, "resnet20": 32, "torchvision/resnet18": 224, "timm/vit_tiny_patch16_224": 224}
 LEAN = 0.7
+GRAPHS = {"mode": "reduce-overhead"}
 METHODS = ["pege-0.5", "pege-1", "kd", "bwrf", "bwrf-sampled", "adaqat", "hgq", "constrained"]
 
 
@@ -51,12 +55,12 @@ def quantized(
 
 
 def make_step(
-    model: nn.Module, methods: list[bw.Method] | None = None, memory: float | None = None, **options
+    model: nn.Module, methods: list[bw.Method] | None = None, compiled: dict[str, Any] | None = None, **options
 ) -> bw.Step:
-    """A `Step` with plain SGD in training mode, compiled if `memory` (the share of activations to keep) is given."""
+    """A `Step` with plain SGD in training mode, compiled if options of `compile_model` are given."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    run = model if memory is None else bw.compile_model(model, activation_memory=memory)
+    run = model if compiled is None else bw.compile_model(model, **compiled)
     return bw.Step(run, F.cross_entropy, optimizer, methods or [], **options)
 
 
@@ -65,16 +69,16 @@ def builders(
 ) -> dict[str, Callable[[], bw.Step]]:
     """What makes each case's step, by name; `options` of `Step`."""
 
-    def plain(memory: float | None = None) -> bw.Step:
-        return make_step(copy.deepcopy(model), memory=memory, **options)
+    def plain(compiled: dict[str, Any] | None = None) -> bw.Step:
+        return make_step(copy.deepcopy(model), compiled=compiled, **options)
 
     def waiting() -> bw.Step:
         made = copy.deepcopy(model)
         let_wait(made)
         return make_step(made, **options)
 
-    def lsq(memory: float | None = None) -> bw.Step:
-        return make_step(quantized(model, bits, x, topology), memory=memory, **options)
+    def lsq(compiled: dict[str, Any] | None = None) -> bw.Step:
+        return make_step(quantized(model, bits, x, topology), compiled=compiled, **options)
 
     def pege(rate: float) -> bw.Step:
         made = quantized(model, bits, x, estimator="pege", estimator_options={"rate": rate})
@@ -104,10 +108,12 @@ def builders(
         "float-waiting": waiting,
         "lsq": lsq,
         "lsq-reference": lsq,
-        "float-compiled": partial(plain, 1.0),
-        "lsq-compiled": partial(lsq, 1.0),
-        "float-lean": partial(plain, LEAN),
-        "lsq-lean": partial(lsq, LEAN),
+        "float-compiled": partial(plain, {}),
+        "lsq-compiled": partial(lsq, {}),
+        "float-graphs": partial(plain, GRAPHS),
+        "lsq-graphs": partial(lsq, GRAPHS),
+        "float-lean": partial(plain, {"activation_memory": LEAN}),
+        "lsq-lean": partial(lsq, {"activation_memory": LEAN}),
         "pege-0.5": partial(pege, 0.5),
         "pege-1": partial(pege, 1.0),
         "kd": kd,
@@ -125,7 +131,7 @@ def context(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 def same_mode(name: str, names: list[str]) -> str:
-    """The float case that runs as the case `name` does: eager, compiled or lean."""
+    """The float case that runs as the case `name` does: eager, compiled, lean or by CUDA graphs."""
     mode = name.partition("-")[2]
     return f"float-{mode}" if f"float-{mode}" in names else "float"
 
@@ -141,6 +147,8 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--topology", choices=["fpres", "res8", "shared"], default="fpres")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=1, help="steps a time; 20 and more on a GPU")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -149,6 +157,7 @@ def main() -> None:
     size = SIZES[args.model]
     model = build_model(args.model, num_classes=10, in_channels=3, image_size=size)
     x, y = torch.randn(args.batch, 3, size, size), torch.randint(0, 10, (args.batch,))
+    model, x, y = (t.to(args.device) for t in (model, x, y))
     if args.channels_last:
         model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
     options = {"amp_dtype": torch.bfloat16} if args.bf16 else {}
@@ -156,14 +165,16 @@ def main() -> None:
     names = ["float", "lsq", *(c for c in args.cases if c not in ("float", "lsq"))]
     steps = {name: known[name]() for name in names}
 
+    def repeats(name: str) -> int:
+        return 8 * -(-args.repeats // 8) if name == "adaqat" else args.repeats
+
     def run(name: str) -> None:
         with context(name):
-            for _ in range(8 if name == "adaqat" else 1):
+            for _ in range(repeats(name)):
                 steps[name](x, y)
 
-    times = alternate({name: partial(run, name) for name in names}, args.rounds)
-    if "adaqat" in times:
-        times["adaqat"] = [t / 8 for t in times["adaqat"]]
+    times = alternate({name: partial(run, name) for name in names}, args.rounds, device=args.device)
+    times = {name: [t / repeats(name) for t in spent] for name, spent in times.items()}
     rows = []
     for name in names:
         with context(name):
@@ -181,9 +192,9 @@ def main() -> None:
                 **ratio(times[name], times["lsq"], "to_lsq"),
                 **ratio(times[name], times[same_mode(name, names)], "same_mode"),
                 "saved": saved,
-                "ms": round(1000 * statistics.median(times[name]), 1),
+                "ms": round(1000 * statistics.median(times[name]), 2),
                 "rounds": args.rounds,
-                **machine(),
+                **machine(args.device),
             }
         )
         rows[-1]["saved"] = round(saved / rows[0]["saved"], 3) if rows[1:] else saved
