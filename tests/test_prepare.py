@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bitwright as bw
+from bitwright.layers import without_form
+from bitwright.prepare import warn_once
 from bitwright.rules import Rule
 
 SPEC = bw.QuantizerSpec(bits=4)
@@ -112,3 +114,38 @@ def test_quantizers_take_the_mode_of_their_layer():
     bw.prepare(model, bw.rules("w4a4", grid="minmax"))
     modes = {name: q.training for name, q in bw.quantizers(model).items()}
     assert modes == {n: n.startswith("1.") for n in modes}
+
+
+class Plainly(nn.Conv2d):
+    """A class of the user's that changes nothing."""
+
+
+def test_layers_without_a_quantized_form_are_named_once_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    def net() -> nn.Module:
+        parts = [nn.Conv2d(3, 4, 3), Plainly(4, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.ConvTranspose2d(4, 2, 2)]
+        return nn.Sequential(*parts, nn.Flatten(), nn.Linear(8, 2))
+
+    warn_once.cache_clear()
+    for _ in range(2):
+        bw.prepare(net(), bw.rules("w4a4"))
+    assert [r.message for r in caplog.records] == [
+        "bitwright: 1 Plainly, 2 ConvTranspose2d stay float (1, 2, 3): it cannot be quantized: Conv2d itself "
+        "is, not classes that derive from it; bitwright.coverage lists all"
+    ]
+    caplog.clear()
+    bw.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), bw.rules("w4a4"))
+    assert not caplog.records
+
+
+def test_why_a_layer_stays_float() -> None:
+    class Other(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    model = nn.Sequential(Other(3, 3), normed, nn.LSTM(3, 3))
+    reasons = without_form(model)
+    assert list(reasons) == ["0", "1", "2"]
+    assert reasons["0"].endswith("its class is a Linear with a forward of its own")
+    assert reasons["1"].endswith("weight is parametrized; torch.nn.utils.parametrize.remove_parametrizations")
+    assert reasons["2"] == "layers of this class have no quantized form"

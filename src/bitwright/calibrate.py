@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitwright.batches import each_batch
 from bitwright.errors import BitwrightError
 from bitwright.grids import Shape, Stats
 from bitwright.grids.base import as_float
 from bitwright.prepare import quant_layers, quantizers, set_bypass
 from bitwright.quantizer import Quantizer
+from bitwright.wrappers import unwrap
 
 # Values kept per scale and batch for searches: enough for a stable least squared error, small beside a batch.
 SAMPLE = 16384
@@ -101,16 +103,6 @@ def on_batch_statistics(norms: list[Any]) -> Iterator[None]:
             module.running_mean, module.running_var = mean, variance
 
 
-def batch_inputs(batch: Any) -> Tensor:
-    """The input of a batch that may be a tensor or an (input, target, ...) sequence."""
-    return batch[0] if isinstance(batch, tuple | list) else batch
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters live."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 def calibrate(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> nn.Module:
     """Set signedness, scales and offsets of every quantizer from the float model's own tensors.
 
@@ -122,27 +114,29 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> nn.
 
     Args:
         model: prepared by `prepare`.
-        batches: input tensors, or (input, target) pairs; a few hundred samples suffice.
+        batches: a loader or list of them: tensors, (input, target) pairs, dicts of keyword arguments, or
+            ((input, input, ...), target); a lone tensor is one batch. A few hundred samples suffice.
         seed: of the random sample kept for searches.
 
     Raises:
-        BitwrightError: there is no batch, a quantizer never saw data, or saw NaN or infinity.
+        BitwrightError: there is no batch, one is something else, a quantizer never saw data, or saw NaN or infinity.
     """
+    given, model = model, unwrap(model)
     found = quantizers(model)
     if not found:
         raise BitwrightError("calibrate: the model has no quantizers; call bitwright.prepare first")
-    inputs = {n: q for n, q in found.items() if q.shape.role == "input"}
-    collectors = {n: Collector(q.shape, seed + i) for i, (n, q) in enumerate(inputs.items())}
-    hooks = [q.register_forward_pre_hook(collectors[n].before_forward) for n, q in inputs.items()]
+    readers = {n: q for n, q in found.items() if q.shape.role == "input"}
+    collectors = {n: Collector(q.shape, seed + i) for i, (n, q) in enumerate(readers.items())}
+    hooks = [q.register_forward_pre_hook(collectors[n].before_forward) for n, q in readers.items()]
     count = 0
     set_bypass(found.values(), True)
     try:
         with evaluating(model), torch.no_grad():
             fresh = untrained_norms(model)
-            for batch in batches:
-                x = batch_inputs(batch).to(device_of(model))
-                with on_batch_statistics(fresh if len(x) > 1 else []):
-                    model(x)
+            for inputs in each_batch(batches, "calibrate"):
+                rows = max((len(t) for t in inputs.tensors if t.ndim), default=1)
+                with on_batch_statistics(fresh if rows > 1 else []):
+                    inputs.run(model)
                 count += 1
     finally:
         set_bypass(found.values(), False)
@@ -150,7 +144,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> nn.
             hook.remove()
     if count == 0:
         raise BitwrightError("calibrate: no batch was given")
-    for name, quantizer in inputs.items():
+    for name, quantizer in readers.items():
         if not collectors[name].batches:
             raise BitwrightError(
                 f"calibrate: {name} saw no data; its layer was not called on these inputs "
@@ -164,7 +158,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> nn.
                 weight = layer.weight_of(slot)
                 stats = Stats.of(rows_per_scale(weight, quantizer.shape))
                 initialize(quantizer, stats, f"{layer_name}.{slot}")
-    return model
+    return given
 
 
 def initialize(quantizer: Quantizer, stats: Stats, name: str) -> None:

@@ -7,23 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.calibrate import batch_inputs, device_of, evaluating
+from bitwright.batches import inputs_of
+from bitwright.calibrate import evaluating
 from bitwright.errors import BitwrightError
-from bitwright.layers import Add, QuantLayer, candidates, why_not
+from bitwright.layers import COMPUTING, Add, QuantLayer, candidates, why_not
 from bitwright.prepare import quantizers
 from bitwright.quantizer import Quantizer
-
-# Layers that compute with weights of their own: where they stay float, the user should know.
-COMPUTING = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.Bilinear,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
+from bitwright.wrappers import unwrap
 
 # How a tensor is quantized: as values, or as the integers of a reproducible layer's weight.
 WAYS = ("forward", "integer_codes")
@@ -55,8 +45,12 @@ def coverage(model: nn.Module, batch: Any) -> Coverage:
 
     Args:
         model: prepared and calibrated.
-        batch: an input tensor or an (input, target) pair.
+        batch: one batch, as `calibrate` takes them.
+
+    Raises:
+        BitwrightError: `batch` is something else.
     """
+    model, inputs = unwrap(model), inputs_of(batch, "coverage")
     found = quantizers(model)
     called: set[str] = set()
     # Not hooks: torch leaves its fused paths where it sees any, and this pass would not be the one that evaluates.
@@ -65,7 +59,7 @@ def coverage(model: nn.Module, batch: Any) -> Coverage:
             setattr(quantizer, way, remembering(quantizer, name, called, getattr(quantizer, way)))
     try:
         with evaluating(model), torch.no_grad():
-            model(batch_inputs(batch).to(device_of(model)))
+            inputs.run(model)
     finally:
         for quantizer in found.values():
             for way in WAYS:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from bitwright.calibrate import device_of, evaluating
+from bitwright.batches import device_of, example_of
+from bitwright.calibrate import evaluating
 
 
 @dataclass(eq=False)
@@ -99,7 +100,7 @@ def trace(model: nn.Module, example: Tensor) -> Flow:
         model: float. example: an input batch; its first sample is used.
     """
     flow = Flow()
-    x = example[:1].to(device_of(model)).clone()
+    x = example_of(example, "topology")[:1].to(device_of(model)).clone()
     flow.add(x, Value("input", "", ()))
     hooks: list[Any] = []
     for name, module in model.named_modules():

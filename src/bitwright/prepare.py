@@ -1,5 +1,8 @@
 """From a float model to a quantized one: `prepare`, and what to ask of a prepared model."""
 
+import functools
+import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,10 +24,14 @@ from bitwright.layers import (
     swap,
     target_class,
     unswap,
+    without_form,
 )
 from bitwright.quantizer import Quantizer
 from bitwright.rules import Rule, resolve, slot_field, weight_layers
 from bitwright.spec import QuantizerSpec
+from bitwright.wrappers import unwrap
+
+logger = logging.getLogger("bitwright")
 
 
 def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
@@ -34,7 +41,8 @@ def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
     valid; the model must then be calibrated (`calibrate`) or loaded before its first forward pass.
 
     Args:
-        model: any module; nothing of it is run.
+        model: any module; nothing of it is run. Layers with weights that have no quantized form (transposed and 3-D
+            convolutions, recurrent layers, parametrized ones) stay float, and one line in the log names them.
         rules: ordered, later wins (`Rule`, or `bitwright.rules("w4a4")`).
 
     Raises:
@@ -43,6 +51,7 @@ def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
     """
     if isinstance(rules, str | Rule):
         raise BitwrightError(f"rules: a list of rules is expected, not {rules!r}; bitwright.rules('w4a4') makes one")
+    given, model = model, unwrap(model)
     if any(is_quantized(m) or has_output(m) for m in model.modules()):
         raise BitwrightError("the model is prepared already; prepare a fresh float model, or change bits by set_bits")
     wanted = resolve(model, list(rules))
@@ -77,7 +86,26 @@ def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
     let_wait(model)
     for module in model.modules():
         disable_fast_path(module)
-    return model
+    say_what_stays_float(model)
+    return given
+
+
+def say_what_stays_float(model: nn.Module) -> None:
+    """One line in the log for layers with weights that have no quantized form, whatever the rules say."""
+    left = without_form(model)
+    if not left:
+        return
+    kinds = Counter(type(model.get_submodule(name)).__name__ for name in left)
+    names, reason = list(left), next(iter(left.values()))
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    warn_once(f"bitwright: {counts} stay float ({shown}): {reason}; bitwright.coverage lists all")
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """Log a line; a trainer prepares the same network several times."""
+    logger.warning("%s", line)
 
 
 def output_quantizer(module: nn.Module, name: str, spec: QuantizerSpec, model: nn.Module) -> Quantizer:

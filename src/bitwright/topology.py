@@ -14,6 +14,7 @@ from bitwright.flow import Flow, Value, trace
 from bitwright.layers import candidates, is_quantized
 from bitwright.rules import Rule, resolve, weight_layers
 from bitwright.spec import QuantizerSpec
+from bitwright.wrappers import unwrap
 
 Topology = Literal["fpres", "res8", "shared"]
 TOPOLOGIES = ("fpres", "res8", "shared")
@@ -61,6 +62,7 @@ def topology(
     """
     if kind not in TOPOLOGIES:
         raise BitwrightError(f"topology {kind!r} is not accepted; use {', '.join(TOPOLOGIES)}")
+    model = unwrap(model)
     if any(is_quantized(m) for m in model.modules()):
         raise BitwrightError("topology: the model is prepared already; ask for the rules of the float model")
     if kind == "fpres":

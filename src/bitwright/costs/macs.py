@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bitwright.calibrate import device_of, evaluating
+from bitwright.batches import device_of, example_of
+from bitwright.calibrate import evaluating
 from bitwright.prepare import quantizers
 
 aten = torch.ops.aten
@@ -82,7 +83,7 @@ def count_macs(model: nn.Module, example: Tensor) -> dict[str, Macs]:
         torch.backends.mha.set_fastpath_enabled(False)
         eager = torch.compiler.set_stance("force_eager")
         with eager, evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model(example[:1].to(device_of(model)))
+            model(example_of(example, "cost")[:1].to(device_of(model)))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for quantizer, bypass in bypassed:

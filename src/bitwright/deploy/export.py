@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from bitwright.batches import example_of
 from bitwright.deploy.files import ExportReport
 from bitwright.deploy.targets import EXPORT
 from bitwright.errors import BitwrightError
 from bitwright.layers.reproducible import is_reproducible
+from bitwright.wrappers import unwrap
 
 
 def export(model: nn.Module, path: str | Path, example: Tensor, *, target: str = "onnx") -> ExportReport:
@@ -17,7 +20,8 @@ def export(model: nn.Module, path: str | Path, example: Tensor, *, target: str =
     only then moved there: after any failure, what was there before still is.
 
     Args:
-        model: prepared, and trained or calibrated; it is not changed. Call `snap_biases` before its last
+        model: prepared, and trained or calibrated, in float32; it is not changed. Of a compiled, averaged or
+            distributed model it is the module inside. Call `snap_biases` before its last
             evaluation, so that the file is exactly what was evaluated.
         path: of the file.
         example: one input batch.
@@ -32,4 +36,9 @@ def export(model: nn.Module, path: str | Path, example: Tensor, *, target: str =
         raise BitwrightError(f"target {target!r} is not accepted; use {' or '.join(EXPORT)}")
     if target != "onnx" and is_reproducible(model):
         raise BitwrightError(f"target {target!r} has no reproducible arithmetic; use target onnx, or train without it")
-    return EXPORT[target](model, Path(path), example)
+    model = unwrap(model)
+    odd = next((n for n, p in model.named_parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if odd is not None:
+        kind = str(model.get_parameter(odd).dtype).removeprefix("torch.")
+        raise BitwrightError(f"export: {odd} is {kind}; files compute in float32, so call model.float() first")
+    return EXPORT[target](model, Path(path), example_of(example, "export"))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitwright.batches import example_of
 from bitwright.deploy.attention import IntMultiheadAttention, IntProducts, IntTimmAttention, window_attend
 from bitwright.deploy.capture import Captured, Surroundings, captured, surroundings, without_norm
 from bitwright.deploy.integer import (
@@ -45,6 +46,7 @@ from bitwright.layers.fold import (
     with_bias,
 )
 from bitwright.prepare import quant_layers, quantizers
+from bitwright.wrappers import unwrap
 
 
 def freeze(model: nn.Module, example: Tensor) -> nn.Module:
@@ -62,9 +64,10 @@ def freeze(model: nn.Module, example: Tensor) -> nn.Module:
         BitwrightError: nothing is quantized, a quantizer is not calibrated, the graph cannot be captured, or a
             layer has no integer form.
     """
+    model = unwrap(model)
     check_ready(model)
     twin = copy.deepcopy(model).cpu().eval()
-    plans = layer_plans(twin, captured(twin, example.cpu()))
+    plans = layer_plans(twin, captured(twin, example_of(example, "freeze").cpu()))
     replaced: dict[int, nn.Module] = {}
     for name, layer in quant_layers(twin).items():
         plan = plans.get(name, Plan(None))

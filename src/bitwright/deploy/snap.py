@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitwright.batches import device_of, example_of
 from bitwright.deploy.capture import Captured, captured, norm_readers
 from bitwright.deploy.freeze import Plan, check_ready, input_codes, layer_plans, weight_and_bias
 from bitwright.deploy.integer import InputCodes
@@ -24,6 +25,7 @@ from bitwright.layers.significant import (
     significant_bits,
 )
 from bitwright.prepare import quant_layers, quantizers
+from bitwright.wrappers import unwrap
 
 
 @torch.no_grad()
@@ -48,9 +50,9 @@ def snap_biases(model: nn.Module, example: Tensor) -> int:
     Raises:
         BitwrightError: as `freeze`.
     """
+    model = unwrap(model)
     check_ready(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    graph = captured(model, example.to(device))
+    graph = captured(model, example_of(example, "snap_biases").to(device_of(model)))
     part_ties(model, graph)
     plans = layer_plans(model, graph)
     count = 0

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.calibrate import batch_inputs, evaluating
+from bitwright.batches import each_batch, one_tensor, output_of
+from bitwright.calibrate import evaluating
 from bitwright.deploy.comparison import InputRow, VerifyReport, WeightRow
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntLayer
@@ -17,6 +18,7 @@ from bitwright.deploy.targets import OPEN, target_of
 from bitwright.deploy.targets.opened import Network, Opened
 from bitwright.errors import BitwrightError
 from bitwright.prepare import quantizers
+from bitwright.wrappers import unwrap
 
 RUNTIMES = ("default", "native")
 
@@ -30,7 +32,7 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any], *, runtim
     Args:
         model: as it was exported; it is not changed.
         path: the file.
-        batches: inputs, or (input, target) pairs; all are used.
+        batches: inputs, or (input, target) pairs; all are used. A lone tensor is one batch.
         runtime: "default", the target's own (onnxruntime for `onnx`), or "native", `bitwright.runtime`, for `onnx`.
 
     Raises:
@@ -39,7 +41,8 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any], *, runtim
             has no frozen form.
     """
     path = Path(path)
-    stream = (batch_inputs(b).cpu() for b in batches)
+    model = unwrap(model)
+    stream = (one_tensor(inputs, "verify").detach().cpu() for inputs in each_batch(batches, "verify"))
     first = next(stream, None)
     if first is None:
         raise BitwrightError("verify: no batch was given")
@@ -94,7 +97,7 @@ class Exact:
             self.model.double()
             self.wide = True
         try:
-            return self.model(x.double() if x.is_floating_point() else x)
+            return output_of(self.model(x.double() if x.is_floating_point() else x), "verify")
         except RuntimeError:  # it makes float32 tensors of its own
             return None
 
@@ -189,7 +192,7 @@ class Recorder:
         self.training.clear()
         self.frozen.clear()
         model, frozen = self.models
-        return model(x), frozen(x)
+        return output_of(model(x), "verify"), output_of(frozen(x), "verify")
 
 
 def per_image(codes: Tensor, images: int) -> Tensor:

@@ -18,10 +18,21 @@ from bitwright.layers.output import (
     quantizer_in,
     takes_output,
 )
-from bitwright.layers.swap import candidates, is_quantized, quantizable, swap, target_class, unswap, why_not
+from bitwright.layers.swap import (
+    COMPUTING,
+    candidates,
+    is_quantized,
+    quantizable,
+    swap,
+    target_class,
+    unswap,
+    why_not,
+    without_form,
+)
 from bitwright.layers.waiting import QuantBatchNorm2d, QuantGELU, let_wait
 
 __all__ = [
+    "COMPUTING",
     "OUTPUT",
     "Add",
     "QuantAdd",
@@ -49,4 +60,5 @@ __all__ = [
     "target_class",
     "unswap",
     "why_not",
+    "without_form",
 ]

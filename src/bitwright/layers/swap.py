@@ -1,6 +1,7 @@
 """Which layers can be quantized, and the in-place swap."""
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from bitwright.errors import BitwrightError
 from bitwright.layers.add import Add, QuantAdd
@@ -8,6 +9,18 @@ from bitwright.layers.attention import QuantMultiheadAttention
 from bitwright.layers.base import QuantLayer
 from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
 from bitwright.layers.linear import QuantEmbedding, QuantLinear
+
+# Layers that compute with weights of their own: where they stay float, the user should know.
+COMPUTING = (
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
 
 # By exact type: a subclass may have a forward of its own, which a swap would silently replace.
 SWAPS: dict[type[nn.Module], type[QuantLayer]] = {
@@ -59,12 +72,24 @@ def why_not(module: nn.Module) -> str:
     reason = found.refusal(module) if found else None
     if reason:
         return f"it cannot be quantized: {reason}"
-    base = next((b.__name__ for b in type(module).__mro__[1:] if b in SWAPS), None)
+    if is_parametrized(module):
+        names = ", ".join(module.parametrizations)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return f"it cannot be quantized: {names} is parametrized; torch.nn.utils.parametrize.remove_parametrizations"
+    base = next((b for b in type(module).__mro__[1:] if b in SWAPS), None)
     if base:
-        return f"it cannot be quantized: its class is a {base} with a forward of its own"
+        if type(module).forward is base.forward:
+            return f"it cannot be quantized: {base.__name__} itself is, not classes that derive from it"
+        return f"it cannot be quantized: its class is a {base.__name__} with a forward of its own"
     if type(module).__name__.endswith("Attention"):
         return "its products have no quantized form"
     return "layers of this class have no quantized form"
+
+
+def without_form(model: nn.Module) -> dict[str, str]:
+    """Why by dotted name: layers that compute with weights of their own and have no quantized form."""
+    able = candidates(model)
+    found = {n: m for n, m in model.named_modules() if isinstance(m, COMPUTING) and n not in able}
+    return {n: why_not(m) for n, m in found.items() if not isinstance(m, QuantLayer)}
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""Looking without touching: the module inside its wrappers, and forward passes that leave no trace."""
+"""Looking without touching: forward passes that leave no trace."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,17 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.prepare import quantizers
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside `torch.compile`'s and DistributedDataParallel's wrappers."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+from bitwright.wrappers import unwrap
 
 
 @contextmanager

@@ -1,0 +1,127 @@
+"""What a batch may be, wherever the library runs a model on data of the user's."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from bitwright.errors import BitwrightError
+
+ACCEPTED = (
+    "a tensor or array, an (input, target) pair as a DataLoader gives it, a dict of keyword arguments, or "
+    "((input, input, ...), target)"
+)
+
+
+class Inputs(NamedTuple):
+    """What a model is called with: positional and keyword arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors among them, in order."""
+        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        """The same with every tensor changed."""
+
+        def one(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        return Inputs(tuple(one(v) for v in self.args), {k: one(v) for k, v in self.kwargs.items()})
+
+    def run(self, model: nn.Module) -> Any:
+        """`model` called with them, on its device."""
+        there = self.mapped(lambda t: t.to(device_of(model)))
+        return model(*there.args, **there.kwargs)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters live."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def inputs_of(batch: Any, who: str) -> Inputs:
+    """The inputs in one batch.
+
+    Args:
+        batch: a tensor or numpy array; a sequence whose first item is the input and whose others (targets) are left
+            out; the first item may itself be a sequence of inputs, for models that take several, or a dict; or a
+            dict: keyword arguments.
+        who: the function that was given it, for messages.
+
+    Raises:
+        BitwrightError: it is something else, or holds no tensor.
+    """
+    found = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if isinstance(found, Mapping):
+        inputs = Inputs((), {str(k): as_tensor(v) for k, v in found.items()})
+    elif isinstance(found, tuple | list):
+        inputs = Inputs(tuple(as_tensor(v) for v in found), {})
+    else:
+        inputs = Inputs((as_tensor(found),), {})
+    if not inputs.tensors or not all(isinstance(v, Tensor) for v in inputs.args):
+        raise BitwrightError(f"{who}: a batch is {described(batch)}; accepted are {ACCEPTED}")
+    return inputs
+
+
+def each_batch(batches: Iterable[Any], who: str) -> Iterator[Inputs]:
+    """`inputs_of` every batch; a lone tensor, array or dict is one batch, not a row of them.
+
+    Raises:
+        BitwrightError: as `inputs_of`, or there is no iterating over `batches`.
+    """
+    if isinstance(batches, Tensor | np.ndarray | Mapping):
+        batches = [batches]
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
+        raise BitwrightError(f"{who}: batches is {described(batches)}; give a list or loader of them")
+    for batch in batches:
+        yield inputs_of(batch, who)
+
+
+def one_tensor(inputs: Inputs, who: str) -> Tensor:
+    """The tensor of a model of one input. Raises: BitwrightError where there are several, or keywords."""
+    if len(inputs.args) != 1 or inputs.kwargs:
+        names = f", {', '.join(inputs.kwargs)}" if inputs.kwargs else ""
+        raise BitwrightError(
+            f"{who}: takes models of one tensor in, not of {len(inputs.args) + len(inputs.kwargs)} inputs{names}; "
+            "wrap the model in a module of one input"
+        )
+    return inputs.args[0]
+
+
+def example_of(example: Any, who: str) -> Tensor:
+    """An example input: one tensor, without its gradient; see `inputs_of` and `one_tensor`."""
+    return one_tensor(inputs_of(example, who), who).detach()
+
+
+def output_of(output: Any, who: str) -> Tensor:
+    """The tensor that a model puts out, alone or as the only one in a dict, tuple or dataclass.
+
+    Raises:
+        BitwrightError: there is none, or more than one.
+    """
+    found = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+    if len(found) != 1:
+        raise BitwrightError(
+            f"{who}: takes models of one tensor out; this one gives {described(output)} with {len(found)}"
+        )
+    return found[0]
+
+
+def as_tensor(value: Any) -> Any:
+    """Arrays as tensors; everything else as it is."""
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def described(value: Any) -> str:
+    """A value's kind, in words."""
+    if isinstance(value, tuple | list):
+        inner = ", ".join(type(v).__name__ for v in value[:3]) + (", ..." if len(value) > 3 else "")
+        return f"a {type(value).__name__} of ({inner})"
+    return f"a {type(value).__name__}"

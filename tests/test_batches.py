@@ -1,0 +1,126 @@
+"""What a batch may be."""
+
+from collections import UserDict
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bitwright as bw
+from bitwright.batches import each_batch, example_of, inputs_of, output_of
+from bitwright.errors import BitwrightError
+
+
+class Two(nn.Module):
+    """Reads two tensors, by position or by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+        return self.c(torch.relu(self.a(left) + self.b(right) * scale))
+
+
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4 * 16, 5))
+
+
+def scales(model: nn.Module) -> list[Tensor]:
+    return [q.affine(torch.zeros(1)).scale for q in bw.quantizers(model).values() if q.shape.role == "input"]
+
+
+IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [IMAGES],
+        IMAGES,
+        IMAGES.numpy(),
+        [IMAGES.numpy()],
+        [(IMAGES, torch.zeros(8))],
+        [[IMAGES, torch.zeros(8), "more"]],
+        [{"input": IMAGES}],
+        {"input": IMAGES},
+        [({"input": IMAGES}, torch.zeros(8))],
+        [UserDict(input=IMAGES)],
+        DataLoader(TensorDataset(IMAGES, torch.zeros(8)), batch_size=8),
+    ],
+)
+def test_every_form_of_the_same_batch_calibrates_alike(batches: object) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = plain()
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.inner(input)
+
+    expected, model = (bw.prepare(Named(), bw.rules("w4a4")) for _ in range(2))
+    bw.calibrate(expected, [IMAGES])
+    bw.calibrate(model, batches)  # pyright: ignore[reportArgumentType]
+    assert all(torch.equal(a, b) for a, b in zip(scales(expected), scales(model), strict=True))
+    assert len(scales(model)) == 3
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        ((torch.ones(2, 6), torch.ones(2, 4)), torch.zeros(2)),
+        [[torch.ones(2, 6), torch.ones(2, 4)], torch.zeros(2)],
+        {"left": torch.ones(2, 6), "right": torch.ones(2, 4), "scale": 0.5},
+    ],
+)
+def test_models_of_two_inputs(batch: object) -> None:
+    model = bw.prepare(Two(), bw.rules("w4a4"))
+    bw.calibrate(model, [batch])
+    assert bw.coverage(model, batch).complete
+    assert model(torch.ones(2, 6), torch.ones(2, 4)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("batch", ["text", 3, None, [], (), [[]], {}, {"input": "text"}, [("a", "b"), 1], object()])
+def test_what_is_no_batch_is_said_in_one_line(batch: object) -> None:
+    with pytest.raises(BitwrightError, match=r"^calibrate: a batch is a \w+.*; accepted are a tensor") as caught:
+        inputs_of(batch, "calibrate")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("batches", ["text", 3, None, object()])
+def test_what_holds_no_batches(batches: object) -> None:
+    with pytest.raises(BitwrightError, match=r"^calibrate: batches is a \w+; give a list or loader"):
+        list(each_batch(batches, "calibrate"))  # pyright: ignore[reportArgumentType]
+
+
+def test_an_example_is_one_tensor_without_a_gradient() -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    found = example_of((x, torch.zeros(2)), "export")
+    assert torch.equal(found, x)
+    assert not found.requires_grad
+    with pytest.raises(BitwrightError, match=r"^export: takes models of one tensor in, not of 2 inputs; wrap"):
+        example_of(((x, x), torch.zeros(2)), "export")
+    with pytest.raises(BitwrightError, match=r"not of 2 inputs, left, right; wrap"):
+        example_of({"left": x, "right": x}, "export")
+
+
+def test_the_only_tensor_of_an_output() -> None:
+    x = torch.ones(2)
+    for output in (x, {"logits": x}, (x,), {"logits": x, "loss": None}):
+        assert output_of(output, "verify") is x
+    for output in ({"a": x, "b": x}, (), None):
+        with pytest.raises(BitwrightError, match=r"^verify: takes models of one tensor out; this one gives a \w+"):
+            output_of(output, "verify")
+
+
+def test_a_gradient_of_the_example_is_nobodys_business(tmp_path) -> None:
+    x = IMAGES.clone().requires_grad_()
+    model = plain()
+    rules = bw.rules("w8a8") + bw.topology(model, x)
+    bw.calibrate(bw.prepare(model, rules), x)
+    bw.snap_biases(model, x)
+    bw.export(model, tmp_path / "m.onnx", x)
+    assert bw.verify(model, tmp_path / "m.onnx", x).ok
+    assert x.grad is None
