@@ -9,6 +9,7 @@ from deploy_nets import MixedNet, mixed_net, quantized, settle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import bitwright as bw
 from bitwright.deploy import freeze, snap_biases
@@ -352,3 +353,19 @@ def test_refusals_are_one_line():
     with pytest.raises(BitwrightError, match=r"Branching: torch\.export cannot capture it") as caught:
         freeze(quantized(Branching(), "w4a4", x), x)
     assert "\n" not in str(caught.value)
+
+
+def test_pruned_weights_are_refused_until_they_are_parameters():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    x = torch.randn(4, 3, 8, 8)
+    bw.calibrate(bw.prepare(model, bw.rules("w4a4")), [x])
+    model(x).sum().backward()
+    for refused in (bw.snap_biases, freeze):
+        with pytest.raises(BitwrightError, match=r"^2\.weight is computed in every pass .*prune\.remove"):
+            refused(model, x)
+    prune.remove(model[2], "weight")
+    bw.snap_biases(model, x)
+    frozen = freeze(model, x)
+    assert int((model[2].weight == 0).sum()) >= 72  # half of them
+    assert torch.allclose(frozen(x), model.eval()(x), atol=1e-5)

@@ -103,7 +103,7 @@ def freeze(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def check_ready(model: nn.Module) -> None:
-    """Raise BitwrightError unless `model` has quantizers and each is calibrated, with finite scales."""
+    """Raise BitwrightError unless `model` has quantizers, each calibrated, with finite scales, and can be copied."""
     found = quantizers(model)
     if not found:
         raise BitwrightError("the model has no quantizers; call bitwright.prepare first")
@@ -112,6 +112,13 @@ def check_ready(model: nn.Module) -> None:
             raise BitwrightError(f"{name} is not calibrated; call bitwright.calibrate(model, batches) first")
         if not all(bool(p.isfinite().all()) for p in quantizer.grid.parameters()):
             raise BitwrightError(f"{name}: its scale is NaN or infinite; training diverged, so nothing can be deployed")
+    for name, module in model.named_modules():
+        made = next((k for k, v in vars(module).items() if isinstance(v, Tensor) and v.grad_fn is not None), None)
+        if made is not None:
+            raise BitwrightError(
+                f"{name}.{made} is computed in every pass (pruning, weight_norm, spectral_norm); make it a parameter "
+                "first: torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm"
+            )
 
 
 @dataclass(frozen=True)
