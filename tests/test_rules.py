@@ -109,3 +109,10 @@ def test_unknown_keys_and_empty_matches_are_refused():
     with pytest.raises(BitwrightError, match=r"Rule\.match"):
         Rule(match=())
     assert rules("W4A4") == rules("w4a4")
+
+
+@pytest.mark.parametrize("wrong", ["w4a4", ("*", 4), {"match": "*"}, None])
+def test_what_is_no_rule_is_said_in_one_line(wrong: object) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(BitwrightError, match=r"^rules\[1\]: .* is not accepted; use a bitwright\.Rule"):
+        resolve(model, [*rules("w4a4", ends=None), wrong])  # pyright: ignore[reportArgumentType]

@@ -136,6 +136,10 @@ def resolve(model: nn.Module, rules: list[Rule]) -> dict[str, dict[str, Any]]:
     ends = {"first": ordered[0], "last": ordered[-1]} if ordered else {}
     found: dict[str, dict[str, Any]] = {name: {} for name in (*layers, *outputs)}
     for index, rule in enumerate(rules):
+        if not isinstance(rule, Rule):
+            raise BitwrightError(
+                f"rules[{index}]: {rule!r} is not accepted; use a bitwright.Rule, or bitwright.rules('w4a4') for a list"
+            )
         said = rule.model_fields_set - {"match"}
         for pattern in rule.match:
             hit = [n for n, m in layers.items() if matches(pattern, n, m, ends)] if said != {"output"} else []
