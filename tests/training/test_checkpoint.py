@@ -8,6 +8,7 @@ import torch
 
 from bitwright.errors import BitwrightError
 from bitwright.training.checkpoint import (
+    RUN_PARTS,
     load_checkpoint,
     rng_state,
     save_checkpoint,
@@ -34,7 +35,7 @@ def saved(tmp_path):
 
 
 def test_what_is_saved_is_loaded(saved):
-    state = load_checkpoint(saved, digest="abc")
+    state = load_checkpoint(saved)
     assert torch.equal(state["x"], torch.arange(5000.0))
     assert state["rows"] == [{"a": 1.5}]
     assert state["none"] is None
@@ -42,6 +43,18 @@ def test_what_is_saved_is_loaded(saved):
 
 def test_another_recipe_is_refused(saved):
     assert "made by another recipe" in error_of(saved, digest="abd")
+
+
+def test_a_run_without_a_part_is_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    whole = {"recipe": "abc", **dict.fromkeys(RUN_PARTS, 1)}
+    save_checkpoint(path, whole)
+    assert load_checkpoint(path, digest="abc").keys() == {"format", *whole}
+    for part in RUN_PARTS:
+        save_checkpoint(path, {k: v for k, v in whole.items() if k != part})
+        assert error_of(path, digest="abc").endswith(f"not a whole checkpoint of a run (lacks {part})")
+    save_checkpoint(path, {"model": {}})
+    assert "made by another recipe" in error_of(path, digest="abc")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])

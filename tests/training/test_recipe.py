@@ -111,6 +111,7 @@ def test_float_partners_are_shared_by_runs_that_differ_only_in_quantization(path
         ("optimizer.momentun=3", "optimizer.momentun: unknown key; did you mean momentum"),
         ("rules.0.wieght={bits: 2}", "rules.0.wieght: unknown key; did you mean weight"),
         ("schedule.epochs=0", "schedule.epochs: 0 is not accepted; use a whole number of at least 1"),
+        ("schedule={epochs: 2, warmup_epochs: 3}", "use warmup_epochs up to epochs, which is 2"),
         ("schedule.epochs=1.5", "schedule.epochs: 1.5 is not accepted; use a whole number"),
         ("schedule.epochs=many", "schedule.epochs: 'many' is not accepted; use a whole number"),
         ("optimizer.lr=-1", "optimizer.lr: -1 is not accepted; use a number above 0"),

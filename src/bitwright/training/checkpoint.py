@@ -16,6 +16,8 @@ import torch
 from bitwright.errors import BitwrightError
 
 FORMAT = "bitwright run 1"
+# What every run's checkpoint holds beside its format and recipe.
+RUN_PARTS = ("epoch", "position", "sums", "rows", "seconds", "model", "gradients", "optimizer", "step", "ema", "random")
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -68,7 +70,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path, *, digest: str | None = None) -> dict[str, Any]:
     """What `save_checkpoint` wrote, on the CPU.
 
-    digest: the recipe's; a checkpoint of another recipe is refused.
+    digest: the recipe's; a checkpoint of another recipe, or without a part of a run (`RUN_PARTS`), is refused.
 
     Raises: BitwrightError for a file that is missing, damaged (every checksum is compared), not a checkpoint of a
     run, or of another recipe.
@@ -89,11 +91,14 @@ def load_checkpoint(path: Path, *, digest: str | None = None) -> dict[str, Any]:
         raise BitwrightError(f"{path}: not a checkpoint (holds more than tensors and plain values)") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise BitwrightError(f"{path}: not a checkpoint of a bitwright run")
-    if digest is not None and state["recipe"] != digest:
+    if digest is not None and state.get("recipe") != digest:
         raise BitwrightError(
             f"{path}: made by another recipe than the recipe.yaml beside it (with its overrides); "
             "only device, threads and data.dir may change"
         )
+    lacking = [part for part in RUN_PARTS if part not in state] if digest is not None else []
+    if lacking:
+        raise BitwrightError(f"{path}: not a whole checkpoint of a run (lacks {', '.join(lacking)})")
     return state
 
 

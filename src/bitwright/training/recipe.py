@@ -81,6 +81,12 @@ class ScheduleSection(Section):
     warmup_epochs: NotNegative = 0.0
     kind: Literal["cosine", "linear", "constant"] = "cosine"
 
+    @model_validator(mode="after")
+    def _warm_in_time(self) -> "ScheduleSection":
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs up to epochs, which is {self.epochs}")
+        return self
+
 
 class PartnerSection(Section):
     """The float network of the same architecture that quantized training starts from and methods learn from.
