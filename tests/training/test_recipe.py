@@ -1,6 +1,7 @@
 import re
 
 import pytest
+import torch
 import yaml
 
 from bitwright.errors import BitwrightError
@@ -223,6 +224,7 @@ def test_every_shipped_recipe_is_headed_and_its_rules_match_its_model(name):
             "cifar10": (10, 3, 32),
             "imagenet": (1000, 3, 224),
         }[recipe.data.name]
+        blank = torch.zeros(1, in_channels, image_size, image_size)
 
     model = quantize(recipe, float_model(recipe, Facts(), fresh=True), Facts())  # pyright: ignore
     assert quant_layers(model)
