@@ -10,6 +10,7 @@ from test_files import in_onnxruntime, normal, saved
 from torch import nn
 
 import bitwright as bw
+from bitwright.errors import BitwrightError
 from bitwright.runtime import load
 from bitwright.runtime.ops import Codes
 from bitwright.runtime.patterns import clipped
@@ -154,3 +155,12 @@ def test_types_that_no_kernel_reads(tmp_path):
     path = saved(net.model(y, 4, None, 3, 4, 4), tmp_path / "net.onnx")
     x = normal(2, 3, 4, 4)
     np.testing.assert_allclose(load(path).run(x), exact(path, x), rtol=1e-6)
+
+
+def test_shapes_that_follow_the_numbers(tmp_path):
+    """Buffers are planned once; what does not fit them is refused, not stretched or cut."""
+    net = Net(np.random.default_rng(0))
+    y = net.node("Cast", [net.node("NonZero", ["input"], "places")], "y", to=TensorProto.FLOAT)
+    session = load(saved(net.model(y, 2, None, 4), tmp_path / "net.onnx"))
+    with pytest.raises(BitwrightError, match=r"NonZero\): its output is \(2, 3\) for these numbers"):
+        session.run(np.array([[1, 0, 2, 3]], np.float32))
