@@ -126,11 +126,25 @@ class Graph:
                 todo += [n for n in node.input if n]
         return [node for node in self.nodes if node.output[0] in needed]
 
+    def computed(self, nodes: list[NodeProto]) -> list[TensorProto]:
+        """The constants that `nodes` read and other nodes compute."""
+        read = dict.fromkeys(name for node in nodes for name in node.input)
+        names = [name for name in read if name in self.constant and name in self.producer]
+        missing = [name for name in names if name not in self.values]
+        found = self.session([], missing, "constants").run(None, {}) if missing else []
+        values = self.values | dict(zip(missing, (np.asarray(v) for v in found), strict=True))
+        return [numpy_helper.from_array(values[name], name) for name in names]
+
     def session(
         self, inputs: list[onnx.ValueInfoProto], outputs: list[str], what: str, nodes: list[NodeProto] | None = None
     ) -> onnxruntime.InferenceSession:
-        """A session of onnxruntime on a part of the graph."""
+        """A session of onnxruntime on a part of the graph: `nodes`, or all that `outputs` need.
+
+        What `nodes` read of constants are plain numbers there. A DequantizeLinear of a weight would tell onnxruntime to
+        round the other operand too, where that is float here (MatMulNBits does, to 8 bits).
+        """
         given = {value.name for value in inputs}
+        numbers = [] if nodes is None else self.computed(nodes)
         nodes = self.behind(outputs, given) if nodes is None else nodes
         used = {name for node in nodes for name in node.input} - given
         part = helper.make_graph(
@@ -138,7 +152,7 @@ class Graph:
             "part",
             inputs,
             [onnx.ValueInfoProto(name=name) for name in outputs],
-            [t for name, t in self.initializers.items() if name in used],
+            [*(t for name, t in self.initializers.items() if name in used), *numbers],
         )
         model = helper.make_model(
             part,

@@ -4,13 +4,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from bitwright.runtime.constants import Graph
+from bitwright.runtime.moves import dequantize, pad, reshape, slice_, space_to_depth
 from bitwright.runtime.ops import Add, AddFloat, Codes, Conv, MaxPool, Mean, Quantize, Table, View, Window
 from bitwright.runtime.patterns import (
-    grid_of,
     quantizer_of,
+    read_as_image,
     requantization,
     tail_of,
     weight_of,
@@ -18,8 +19,8 @@ from bitwright.runtime.patterns import (
     whole_weight,
     window_of,
 )
-from bitwright.runtime.planner import Handlers, Planner, Value, to_planar
-from bitwright.runtime.program import Host, Program
+from bitwright.runtime.planner import Handlers, Planner, Value
+from bitwright.runtime.program import Program
 
 
 def plan(graph: Graph, winograd: bool = True) -> Program:
@@ -31,7 +32,7 @@ def quantize(plan: Planner, node: NodeProto) -> bool:
     """QuantizeLinear with its Clip: of floats, or from one grid to another by a table."""
     found = quantizer_of(plan.graph, node)
     x = plan.values.get(node.input[0])
-    if found is None or x is None:
+    if found is None or x is None or x.kind != TensorProto.FLOAT:
         return False
     codes, name = found
     plan.take([node] if name == node.output[0] else [node, plan.graph.producer[name]])
@@ -39,37 +40,10 @@ def quantize(plan: Planner, node: NodeProto) -> bool:
         table = requantization(x.codes, codes)
         reached = table[x.codes.lo : x.codes.hi + 1]
         codes = Codes(codes.scale, codes.zero, int(reached.min()), int(reached.max()))
-        plan.emit(Table(table), [x], name, Value(name, codes, x.image))
+        plan.emit(Table(table), [x], name, Value(name, codes, x.image, TensorProto.UINT8))
         return True
-    planar = not x.image and plan.rank(node.input[0]) == 4
-    plan.emit(Quantize(codes, planar), [x], name, Value(name, codes, x.image or planar))
-    return True
-
-
-def dequantize(plan: Planner, node: NodeProto) -> bool:
-    """DequantizeLinear: nothing to do, the value stays codes, if with a scale of its own then of another grid."""
-    x = plan.values.get(node.input[0])
-    grid = grid_of(plan.graph, node)
-    if x is None or x.codes is None or grid is None or grid.zero != x.codes.zero:
-        return False
-    plan.values[node.output[0]] = replace(x, codes=replace(x.codes, scale=grid.scale))
-    return True
-
-
-def space_to_depth(plan: Planner, node: NodeProto) -> bool:
-    """SpaceToDepth of codes; blocks of channels-last images are runs of memory."""
-    x = plan.values.get(node.input[0])
-    x = None if x is None or x.codes is None else plan.as_image(x, node.input[0])
-    if x is None:
-        return False
-    size = plan.graph.attributes(node)["blocksize"]
-
-    def run(codes: NDArray) -> list[NDArray]:
-        n, rows, columns, channels = codes.shape
-        blocks = codes.reshape(n, rows // size, size, columns // size, size * channels).swapaxes(2, 3)
-        return [np.ascontiguousarray(blocks).reshape(n, rows // size, columns // size, -1)]
-
-    plan.emit(Host(run, "blocks"), [x], node.output[0], Value(node.output[0], x.codes, image=True))
+    planar = not x.image and plan.rank(node.input[0]) == 4 and read_as_image(plan.graph, name)
+    plan.emit(Quantize(codes, planar), [x], name, Value(name, codes, x.image or planar, TensorProto.UINT8))
     return True
 
 
@@ -99,8 +73,9 @@ def conv(plan: Planner, node: NodeProto) -> bool:
             late = graph.array(node.input[2])
             if late is None or late.shape != (out,):
                 return False
-    sums = scaled_behind(plan, node, out) if (step == 1).all() else None
-    if sums is not None and (late is None or whole(late, 2**24)):
+    unscaled = bool((step == 1).all()) and (late is None or whole(late, 2**24))
+    sums = scaled_behind(plan, node, out) if unscaled else None
+    if sums is not None:
         node, step = sums
         bias, late = (bias if late is None else late.astype(np.int32)), None
     return weighted(plan, node, Linear(weight.numbers, bias, step, x, window, groups, late))
@@ -176,13 +151,13 @@ def late_bias(plan: Planner, value: str, channels: int, axes: int) -> tuple[NDAr
 def matmul(plan: Planner, node: NodeProto) -> bool:
     """A product of codes, channels last, with an integer weight (in, out)."""
     x, weight = plan.codes_of(node.input[0]), weight_of(plan.graph, node.input[1])
-    if x is None or x.codes is None or x.image or weight is None or weight.numbers.dtype != np.int8:
+    if x is None or x.codes is None or weight is None or weight.numbers.dtype != np.int8:
         return False
     scale = weight.scales(1) if weight.numbers.ndim == 2 else None
     if scale is None or (plan.rank(node.input[0]) or 0) < 2:
         return False
     numbers = np.ascontiguousarray(weight.numbers.T)[:, :, None, None]
-    step = np.float32(x.codes.scale) * scale
+    step, x = np.float32(x.codes.scale) * scale, plan.planar(x)
     return weighted(plan, node, Linear(numbers, np.zeros(len(numbers), np.int32), step, x, Window((1, 1))))
 
 
@@ -190,9 +165,9 @@ def add(plan: Planner, node: NodeProto) -> bool:
     """A sum of two images or of two plain tensors of one shape; of codes where a quantizer follows."""
     a, b = (plan.values.get(name) for name in node.input)
     shapes = [plan.graph.shapes.get(name) for name in node.input]
-    if a is None or b is None or None in shapes or shapes[0] != shapes[1] or (a.kind, b.kind) != (1, 1):
+    if a is None or b is None or None in shapes or shapes[0] != shapes[1] or {a.kind, b.kind} != {TensorProto.FLOAT}:
         return False
-    if plan.rank(node.input[0]) == 4:
+    if a.image or b.image:
         a, b = (plan.as_image(v, n) or v for v, n in ((a, node.input[0]), (b, node.input[1])))
     tail = tail_of(plan.graph, node.output[0], a.image)
     if a.codes is not None and b.codes is not None and tail.codes is not None:
@@ -216,7 +191,9 @@ def max_pool(plan: Planner, node: NodeProto) -> bool:
     image = plan.as_image(x, node.input[0]) if x is not None else None
     if image is None or window is None or not window.meets_image or len(node.output) > 1:
         return False
-    to = Value(node.output[0], image.codes, True)
+    if image.codes is None and image.kind != TensorProto.FLOAT:
+        return False
+    to = replace(image, name=node.output[0])
     plan.emit(MaxPool(window, image.codes is None), [image], node.output[0], to)
     return True
 
@@ -230,7 +207,7 @@ def average(plan: Planner, node: NodeProto) -> bool:
         keep = bool(attributes.get("keepdims", 1))
         if axes is None or plan.rank(node.input[0]) != 4 or sorted(int(a) % 4 for a in axes) != [2, 3]:
             return False
-    image = plan.as_image(x, node.input[0]) if x is not None else None
+    image = plan.as_image(x, node.input[0]) if x is not None and x.kind == TensorProto.FLOAT else None
     if image is None:
         return False
     out = Value(node.output[0], None, keep)
@@ -238,73 +215,6 @@ def average(plan: Planner, node: NodeProto) -> bool:
     plan.emit(Mean(image.codes), [image], node.output[0], made)
     if not keep:
         plan.emit(View((0, -1)), [made], node.output[0], out)
-    return True
-
-
-def reshape(plan: Planner, node: NodeProto) -> bool:
-    """Flatten or Reshape: codes stay codes; an image of more than one pixel is put in the file's order first."""
-    x = plan.values.get(node.input[0])
-    attributes = plan.graph.attributes(node)
-    if node.op_type == "Flatten":
-        to: tuple[int, ...] = (0, -1) if attributes.get("axis", 1) == 1 else ()
-    else:
-        shape = plan.graph.array(node.input[1])
-        to = tuple(int(n) for n in shape) if shape is not None else ()
-        if attributes.get("allowzero", 0) and 0 in to:
-            return False
-    if x is None or not to or x.kind != 1:
-        return False
-    known = plan.graph.shapes.get(node.input[0])
-    if x.image:
-        single = known is not None and known[2:] == (1, 1)
-        op = View((0, -1, 1, 1)) if single else Host(to_planar, "transpose")
-        x = plan.derived(x, "planar", op, image=False)
-    plan.emit(View(to), [x], node.output[0], Value(node.output[0], x.codes, False))
-    return True
-
-
-# Where an axis of (N, C, H, W) lies in (N, H, W, C).
-MOVED = (0, 3, 1, 2)
-
-
-def slice_(plan: Planner, node: NodeProto) -> bool:
-    """Slice of an image with constant bounds; codes stay codes."""
-    x = plan.values.get(node.input[0])
-    numbers = [plan.graph.array(name) for name in node.input[1:]]
-    if x is None or not x.image or len(numbers) < 3 or any(n is None for n in numbers):
-        return False
-    starts, ends, axes, *steps = ([int(v) for v in n] for n in numbers if n is not None)
-    cut = [slice(None)] * 4
-    for at, axis in enumerate(axes):
-        cut[MOVED[axis % 4]] = slice(starts[at], ends[at], steps[0][at] if steps else 1)
-    if any(c.step is not None and c.step < 1 for c in cut):
-        return False
-    op = Host(lambda array: [np.ascontiguousarray(array[tuple(cut)])], "slice")
-    plan.emit(op, [x], node.output[0], Value(node.output[0], x.codes, True))
-    return True
-
-
-def pad(plan: Planner, node: NodeProto) -> bool:
-    """Pad of an image with constant zeros, which are the zero point in codes."""
-    x = plan.values.get(node.input[0])
-    attributes = plan.graph.attributes(node)
-    numbers = [plan.graph.array(name) if name else np.zeros(1) for name in node.input[1:]]
-    if x is None or not x.image or len(numbers) != 1 or attributes.get("mode", b"constant") != b"constant":
-        return False
-    ends = numbers[0]
-    if ends is None or ends.size != 8 or ends.min() < 0 or (x.codes and not x.codes.lo <= x.codes.zero <= x.codes.hi):
-        return False
-    order = [MOVED.index(axis) for axis in range(4)]
-    before, after = (ends[part][order].astype(int) for part in (slice(0, 4), slice(4, 8)))
-    zero = x.codes.zero if x.codes is not None else 0
-
-    def run(array: NDArray) -> list[NDArray]:
-        out = np.full(array.shape + before + after, zero, array.dtype)
-        out[tuple(slice(b, b + n) for b, n in zip(before, array.shape, strict=True))] = array
-        return [out]
-
-    op = Host(run, "pad")
-    plan.emit(op, [x], node.output[0], Value(node.output[0], x.codes, True))
     return True
 
 

@@ -102,6 +102,12 @@ def quantizer_of(graph: Graph, node: NodeProto) -> tuple[Codes, str] | None:
     return (replace(codes, lo=lo, hi=hi), reader.output[0]) if lo <= hi else None
 
 
+def read_as_image(graph: Graph, codes: str) -> bool:
+    """Whether channels lie along axis 1 of a tensor of codes with four axes; a linear layer has them at the end."""
+    floats = [node.output[0] for node in graph.readers[codes] if node.op_type == "DequantizeLinear"]
+    return not any(reader.op_type == "MatMul" for name in floats for reader in graph.readers[name])
+
+
 def window_of(graph: Graph, node: NodeProto, kernel: tuple[int, ...]) -> Window | None:
     """The window of a convolution or pool over images; None if it is anything else."""
     attributes = graph.attributes(node)
@@ -163,7 +169,7 @@ def tail_of(graph: Graph, value: str, image: bool) -> Tail:
 
 def clipped(codes: Codes, bounds: list[tuple[float, float]]) -> Codes:
     """Codes of values that were within `bounds` before they were quantized."""
-    for pair in bounds:
+    for pair in reversed(bounds):  # the last one has the last word
         scaled = np.array(pair, np.float32) / np.float32(codes.scale)
         low, high = (int(k) for k in reference.rounded(scaled, codes))
         codes = replace(codes, lo=low, hi=high)

@@ -1,11 +1,11 @@
 """From an ONNX graph to a `Program`: quantized arithmetic becomes integer operators, the rest runs in onnxruntime."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from bitwright.errors import BitwrightError
 from bitwright.runtime.constants import Graph
@@ -16,12 +16,17 @@ from bitwright.runtime.ops import (
     Op,
 )
 from bitwright.runtime.patterns import (
+    grid_of,
     quantizer_of,
     tail_of,
 )
 from bitwright.runtime.program import Host, Program, Step
 
-TYPES = {"tensor(float)": 1, "tensor(int64)": 7, "tensor(int32)": 6, "tensor(bool)": 9, "tensor(uint8)": 2}
+TYPES = {
+    **{"tensor(float)": TensorProto.FLOAT, "tensor(double)": TensorProto.DOUBLE, "tensor(bool)": TensorProto.BOOL},
+    **{"tensor(uint8)": TensorProto.UINT8, "tensor(int8)": TensorProto.INT8},
+    **{"tensor(int32)": TensorProto.INT32, "tensor(int64)": TensorProto.INT64},
+}
 
 
 Handlers = dict[str, Callable[["Planner", NodeProto], bool]]
@@ -31,13 +36,14 @@ Handlers = dict[str, Callable[["Planner", NodeProto], bool]]
 class Value:
     """Where a tensor of the file lies. name: in the program. codes: None for floats and all else.
 
-    image: (N, C, H, W) of the file is kept as (N, H, W, C). kind: ONNX element type.
+    image: (N, C, H, W) of the file is kept as (N, H, W, C). kind: ONNX element type in the file; float32 also for
+    codes that a DequantizeLinear has read there.
     """
 
     name: str
     codes: Codes | None = None
     image: bool = False
-    kind: int = 1
+    kind: int = TensorProto.FLOAT
 
 
 @dataclass
@@ -63,7 +69,8 @@ class Planner:
             if node.output[0] in graph.constant or node.output[0] in self.done:
                 continue
             waits = {n for p in self.pending for n in p.output} & set(node.input)
-            if waits and quantizer_of(graph, node) is not None:
+            dequantizer = node.op_type == "DequantizeLinear" and grid_of(graph, node) is not None
+            if waits and (dequantizer or quantizer_of(graph, node) is not None):
                 self.flush()
             handler = handlers.get(node.op_type) if node.domain in ("", "ai.onnx") else None
             if handler is None or not handler(self, node):
@@ -71,7 +78,7 @@ class Planner:
         self.flush()
         if graph.output not in self.values:
             raise BitwrightError(f"{graph.path}: its output {graph.output!r} is computed by no node")
-        output = self.plain(self.values[graph.output])
+        output = self.as_in_file(graph.output)
         images = frozenset(v.name for v in self.values.values() if v.image)
         return Program(tuple(self.steps), graph.input, output.name, images)
 
@@ -99,10 +106,14 @@ class Planner:
             self.emit(op, [x], "", made, name)
         return made
 
-    def plain(self, x: Value) -> Value:
-        """As the file has it: floats, channels second."""
-        x = self.floats(x)
+    def planar(self, x: Value) -> Value:
+        """Channels where the file has them; codes stay codes."""
         return self.derived(x, "planar", Host(to_planar, "transpose"), image=False) if x.image else x
+
+    def as_in_file(self, name: str) -> Value:
+        """What the file calls `name`, channels second: floats, or codes where no DequantizeLinear has read them yet."""
+        x = self.values[name]
+        return self.planar(x if x.kind == TensorProto.UINT8 else self.floats(x))
 
     def floats(self, x: Value) -> Value:
         """Codes dequantized; the same codes can be those of two grids."""
@@ -119,7 +130,7 @@ class Planner:
     def codes_of(self, name: str) -> Value | None:
         """The codes that a dequantized tensor comes from."""
         value = self.values.get(name)
-        return value if value is not None and value.codes is not None else None
+        return value if value is not None and value.codes is not None and value.kind == TensorProto.FLOAT else None
 
     def flush(self) -> None:
         """Hand the pending nodes to onnxruntime as one step."""
@@ -127,20 +138,22 @@ class Planner:
             return
         nodes, self.pending = self.pending, []
         own = {out for node in nodes for out in node.output}
-        read = {name for node in nodes for name in node.input if name}
         fed = [n for n in dict.fromkeys(n for node in nodes for n in node.input) if n in self.values and n not in own]
-        constants = self.graph.behind([n for n in read if n in self.graph.constant], set())
         outside = {n for node in self.graph.nodes if node.output[0] not in own for n in node.input} | {
             self.graph.output
         }
         outputs = [out for node in nodes for out in node.output if out in outside]
-        inputs = [self.plain(self.values[name]) for name in fed]
+        inputs = [self.as_in_file(name) for name in fed]
         infos = [helper.make_tensor_value_info(n, v.kind, None) for n, v in zip(fed, inputs, strict=True)]
         kinds = sorted({node.op_type for node in nodes})
         what = f"{nodes[0].name or nodes[0].output[0]} ({', '.join(kinds)})"
-        session = self.graph.session(infos, outputs, what, [*constants, *nodes])
+        session = self.graph.session(infos, outputs, what, nodes)
         for found in session.get_outputs():
-            self.values[found.name] = Value(found.name, kind=TYPES.get(found.type, 1))
+            if found.type not in TYPES:
+                raise BitwrightError(
+                    f"{self.graph.path}: {what}: gives a {found.type}; {', '.join(TYPES)} are accepted"
+                )
+            self.values[found.name] = Value(found.name, kind=TYPES[found.type])
 
         def run(*arrays: NDArray) -> list[NDArray]:
             return [np.asarray(a) for a in session.run(outputs, dict(zip(fed, arrays, strict=True)))]
@@ -156,11 +169,12 @@ class Planner:
         self.take(tail.nodes)
         made = op(tail.codes, tail.relu and tail.codes is None)
         pools = tail.pools
-        last = Value(tail.value, tail.codes, image)
-        value = last if not pools else Value(f"{tail.value}#0", tail.codes, image)
+        kind = TensorProto.FLOAT if tail.codes is None else TensorProto.UINT8
+        last = Value(tail.value, tail.codes, image, kind)
+        value = last if not pools else replace(last, name=f"{tail.value}#0")
         self.emit(made, inputs, tail.value, value, layer)
         for i, window in enumerate(pools):
-            to = last if i == len(pools) - 1 else Value(f"{tail.value}#{i + 1}", tail.codes, image)
+            to = last if i == len(pools) - 1 else replace(last, name=f"{tail.value}#{i + 1}")
             value = self.emit(MaxPool(window), [value], tail.value, to, f"{layer} pool")
         return True
 

@@ -163,10 +163,18 @@ class Compiled:
                     assert isinstance(part.op, Host)
                     made = part.op.run(*(self.arrays[name] for name in part.inputs))
                     for name, array in zip(part.outputs, made, strict=True):
-                        np.copyto(self.arrays[name], array)
+                        self.store(name, array, part.layer)
                 else:
                     build.run(part, self.path)
             return self.arrays[self.program.output].copy()
+
+    def store(self, name: str, array: NDArray, layer: str) -> None:
+        """Put what a `Host` gave into the buffer that was planned for it, which it must fit."""
+        planned = self.arrays[name].shape
+        if array.shape != planned:
+            found = f"its output is {array.shape} for these numbers, {planned} for others"
+            raise BitwrightError(f"{layer}: {found}; only fixed shapes are accepted")
+        np.copyto(self.arrays[name], array)
 
     def step_alone(self, layer: str) -> Callable[[], None]:
         """One native step of a layer, on whatever its buffers hold."""

@@ -61,7 +61,9 @@ class Session:
             compiled = Compiled(self.program, x.shape, self.path, keep=True)
             compiled.run(x)
             found = compiled.arrays
-        return {n: np.moveaxis(v, 3, 1) if n in self.program.images else v for n, v in found.items()}
+        values = {n: np.moveaxis(v, 3, 1) if n in self.program.images else v for n, v in found.items()}
+        # What the file calls its output may be kept as codes or channels last; a run ends with floats.
+        return values | {self.output: found[self.program.output]}
 
     def checked(self, x: NDArray) -> NDArray[np.float32]:
         """The input as contiguous float32 of a shape that the file accepts."""
