@@ -39,8 +39,8 @@ class Step:
         steps: optimizer steps taken so far.
 
     Raises:
-        BitwrightError: two methods own the backward pass, two set bit-widths, two losses share a name, or accumulate is
-            below 1.
+        BitwrightError: two methods own the backward pass, two set bit-widths, one computes the weights that another
+            moves, two losses share a name, or accumulate is below 1.
     """
 
     def __init__(
@@ -61,6 +61,12 @@ class Step:
         setters = [m.name or type(m).__name__ for m in methods if m.sets_bits]
         if len(setters) > 1:
             raise BitwrightError(f"methods: {' and '.join(setters)} both set bit-widths; use one of them")
+        makers, movers = ([m.name for m in methods if getattr(m, k)] for k in ("makes_weights", "moves_weights"))
+        if makers and movers:
+            raise BitwrightError(
+                f"methods: {makers[0]} computes the weights, so that there are none for {movers[0]} to move; "
+                "use one of them"
+            )
         if accumulate < 1:
             raise BitwrightError(f"accumulate={accumulate} is not accepted; use 1 or more batches per step")
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer

@@ -13,7 +13,7 @@ sys.path[:0] = sys.argv[4:]
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from bitwright import AMED, BWRF, CAGE, GAQAT, HGQ, KD, SAQ, AdaQAT, Allocation, Constrained, quantizers
+from bitwright import AMED, BWRF, CAGE, CSQ, GAQAT, HGQ, KD, SAQ, AdaQAT, Allocation, Constrained, quantizers
 from bitwright.costs import cost_table
 from methods.nets import data, float_net, make_step, quantized
 rank, name = int(sys.argv[1]), sys.argv[3]
@@ -28,6 +28,7 @@ method = {
     "bwrf": lambda: BWRF(model, partner, sample=True),
     "cage": lambda: CAGE(model, 6, lam=1.0, silence=0.1),
     "constrained": lambda: Constrained(model, torch.nn.functional.cross_entropy, rate=1.0),
+    "csq": lambda: CSQ(model, 6, costs, {"bitops": 0.6 * costs.bitops}, mask_lr=3.0),
     "gaqat": lambda: GAQAT(model, rho=0.2, window=2, threshold=0.6),
     "hgq": lambda: HGQ(model, 6, costs, {"bitops": 0.6 * costs.bitops}, warmup_steps=0, freeze_at=1.0),
     "kd": lambda: KD(partner),
@@ -48,7 +49,7 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["adaqat", "allocation", "amed", "bwrf", "cage", "constrained", "gaqat", "hgq", "kd", "saq"]
+    "name", ["adaqat", "allocation", "amed", "bwrf", "cage", "constrained", "csq", "gaqat", "hgq", "kd", "saq"]
 )
 def test_ranks_agree(tmp_path, name):
     here = str(Path(__file__).parents[1])
@@ -64,5 +65,5 @@ def test_ranks_agree(tmp_path, name):
     one, two = (p.communicate(timeout=300)[0].partition("RESULT ")[2].strip().rpartition("] ") for p in ranks)
     assert one[0] == two[0] != ""
     assert one[2] != two[2]
-    if name in ("adaqat", "allocation", "amed", "hgq"):
+    if name in ("adaqat", "allocation", "amed", "csq", "hgq"):
         assert "4, 4, 4, 4, 4, 4" not in one[0]

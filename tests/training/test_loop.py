@@ -227,6 +227,11 @@ def test_method_options_are_checked(tmp_path):
         ("[{adaqat: {budget: {bitops: 10}}}]", r"tiny.yaml: adaqat: budget.bitops=10 cannot be met"),
         ("[{allocation: {budget: {size: 10}}}]", r"tiny.yaml: allocation: budget.size=10 cannot be met"),
         ("[{hgq: {budget: {size: 10}}}]", r"tiny.yaml: hgq: budget.size=10 cannot be met"),
+        ("[{csq: {budget: {size: 10}}}]", r"tiny.yaml: csq: budget.size=10 cannot be met"),
+        (
+            "[{csq: {mean_bits: 3}}, cage]",
+            r"tiny.yaml: methods: csq computes the weights, so that there are none",
+        ),
         ("[{amed: {budget: {size: 10}}}]", r"tiny.yaml: amed: budget.size=10 cannot be met"),
         ("[{constrained: {rate: 0}}]", r"tiny.yaml: constrained: .*rate=0"),
         ("[constrained, saq]", r"tiny.yaml: methods: constrained and saq both own the backward pass"),

@@ -4,6 +4,7 @@ import pytest
 
 from bitwright import BitwrightError, export, verify
 from bitwright.training.folder import load_run
+from bitwright.training.interrupt import Interrupted
 
 from . import runs
 
@@ -88,6 +89,34 @@ def test_hgq_meets_its_budget_and_the_file_is_what_was_trained(tmp_path, snappin
     report = verify(run.model, file, [images])
     assert report.ok
     assert len(set(summary["weight_bits"].values())) > 1
+
+
+@pytest.mark.parametrize("more", [[], ["optimizer.ema=0.5"], ["amp=bf16"]], ids=["", "ema", "bf16"])
+def test_csq_hardens_inside_its_budget_and_the_file_is_what_was_trained(tmp_path, snapping, more):
+    methods = "methods=[kd, {csq: {budget: {size: 2.4KB}}}]"
+    summary = runs.train(tmp_path, PARTNER, "bits=w8a4", methods, "schedule.epochs=5", *more)
+    told = summary["methods"]["csq"]
+    assert told["cost"]["size"] == summary["size_bytes"] <= 2400
+    assert told["frozen"]
+    assert {n: w["weight"] for n, w in told["widths"].items()}.items() <= summary["weight_bits"].items()
+    assert {"csq/weight_bits", "csq/temperature", "loss_csq"} <= runs.rows_of(tmp_path)[0].keys()
+    run, file = load_run(tmp_path / "run"), tmp_path / "net.onnx"
+    images = next(iter(run.dataset.test_batches(batch_size=50, device=run.device)))[0]
+    export(run.model, file, images[:1])
+    assert verify(run.model, file, [images]).ok
+
+
+@pytest.mark.parametrize("looks", [3, 11, 19], ids=["soft", "chosen", "hard"])
+def test_a_stopped_csq_run_ends_as_one_that_was_not(tmp_path, looks):
+    methods = "methods=[{csq: {mean_bits: 3}}]"
+    options = ("bits=w8a4", methods, "schedule.epochs=5")
+    runs.train(tmp_path / "whole", *options)
+    with pytest.raises(Interrupted):
+        runs.train(tmp_path / "cut", *options, stop=runs.StopAfter(looks))
+    runs.resume(tmp_path / "cut")
+    whole, cut = (runs.state_of(tmp_path / name) for name in ("whole", "cut"))
+    for part in ("model", "step", "optimizer"):
+        runs.assert_same(whole[part], cut[part], part)
 
 
 @pytest.mark.slow

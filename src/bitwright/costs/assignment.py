@@ -55,7 +55,9 @@ class Row:
         return bitops(float(self.macs), w, a) if kind == "bitops" else size_bytes(float(self.weights), w)
 
 
-def make_rows(costs: Any, model: nn.Module, groups: dict[str, int], owner: str) -> list[Row]:
+def make_rows(
+    costs: Any, model: nn.Module, groups: dict[str, int], owner: str, roles: Sequence[str] = ("weight", "input")
+) -> list[Row]:
     """Rows from a `CostTable`, or from records of layers.
 
     Args:
@@ -63,6 +65,7 @@ def make_rows(costs: Any, model: nn.Module, groups: dict[str, int], owner: str) 
             attention, biases, norms and scales, and with its latencies. Or a sequence of its rows, of `LayerCost` or
             of plain triples.
         groups: {layer: index of the group that its bits belong to}. owner: the method that asks, for messages.
+        roles: whose bits the groups have; the others keep their present ones.
 
     Raises:
         BitwrightError: a `LayerCost` names no module; a learned layer was not measured.
@@ -84,7 +87,9 @@ def make_rows(costs: Any, model: nn.Module, groups: dict[str, int], owner: str) 
         product = record.name not in modules
         layer = record.name.rpartition(".")[0] if product else record.name
         learned = layer in layers and layer in groups
-        own = [None if learned and b != FLOAT_BITS else b for b in given]
+        operands = ("input", "input") if product else ("weight", "input")
+        changes = [learned and b != FLOAT_BITS and r in roles for b, r in zip(given, operands, strict=True)]
+        own = [None if change else b for b, change in zip(given, changes, strict=True)]
         entries = latencies.layers.get(record.name) if latencies and FLOAT_BITS not in given else None
         group = groups[layer] if learned else None
         rows.append(Row(int(record.macs), stored, group, own[0], own[1], product, entries))

@@ -7,6 +7,7 @@ from bitwright.methods.base import Batch, Method
 from bitwright.methods.bwrf import BWRF
 from bitwright.methods.cage import CAGE
 from bitwright.methods.constrained import Constrained
+from bitwright.methods.csq import CSQ
 from bitwright.methods.ewgs import EWGSDelta
 from bitwright.methods.gaqat import GAQAT
 from bitwright.methods.hgq import HGQ
@@ -18,6 +19,7 @@ __all__ = [
     "AMED",
     "BWRF",
     "CAGE",
+    "CSQ",
     "GAQAT",
     "HGQ",
     "KD",

@@ -13,10 +13,12 @@ from bitwright.rules import matches, weight_layers
 ROLES = ("weight", "input")
 
 
-def adjustable_layers(model: nn.Module, fixed: Sequence[str], owner: str) -> dict[str, dict[str, list[Quantizer]]]:
+def adjustable_layers(
+    model: nn.Module, fixed: Sequence[str], owner: str, roles: Sequence[str] = ROLES
+) -> dict[str, dict[str, list[Quantizer]]]:
     """{layer: {"weight": quantizers, "input": quantizers}} of every layer that no pattern of `fixed` names.
 
-    owner: the method that asks, for messages.
+    owner: the method that asks, for messages. roles: whose bits it changes; layers without them are left out.
 
     Raises:
         BitwrightError: a pattern names no layer, a layer shares its input's quantizer, or none is left.
@@ -30,18 +32,18 @@ def adjustable_layers(model: nn.Module, fixed: Sequence[str], owner: str) -> dic
     for name, layer in quant_layers(model).items():
         if any(matches(p, name, layer, ends) for p in fixed):
             continue
-        if isinstance(getattr(layer, "input_quantizer", None), SharedInput):
+        if "input" in roles and isinstance(getattr(layer, "input_quantizer", None), SharedInput):
             raise BitwrightError(
                 f"{owner}: {name} shares the quantizer of its input with a sum, whose bits are nobody's to learn; "
                 "use topology: res8 or fpres"
             )
         quantizers = layer.quantizers()
-        roles = {
+        found = {
             "weight": [q for slot, q in quantizers.items() if slot in layer.weight_slots],
             "input": [q for slot, q in quantizers.items() if slot not in layer.weight_slots],
         }
-        if roles["weight"] or roles["input"]:
-            learned[name] = roles
+        if any(found[role] for role in roles):
+            learned[name] = found
     if not learned:
         raise BitwrightError(f"{owner}: no quantized layer is left to learn; prepare the model, or fix fewer layers")
     return learned

@@ -23,6 +23,8 @@ class Method:
 
     name: str = ""
     sets_bits: bool = False  # whether it changes the bit-widths of quantizers; a `Step` takes one such method
+    makes_weights: bool = False  # whether it computes quantized weights from parameters of its own
+    moves_weights: bool = False  # whether it needs quantized weights that the optimizer trains; not beside the former
 
     def losses(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
         """Further scalar losses, already weighted, by name; `outputs` are the model's for `batch`."""

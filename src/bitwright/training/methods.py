@@ -11,6 +11,7 @@ from bitwright.methods import (
     AMED,
     BWRF,
     CAGE,
+    CSQ,
     GAQAT,
     HGQ,
     KD,
@@ -100,6 +101,10 @@ def _hgq(options: dict[str, Any], context: MethodContext) -> Method:
     return HGQ(context.model, context.steps, context.cost_table(), **options)
 
 
+def _csq(options: dict[str, Any], context: MethodContext) -> Method:
+    return CSQ(context.model, context.steps, context.cost_table(), **options)
+
+
 def _costed(options: dict[str, Any], context: MethodContext) -> tuple[Any, dict[str, Any]]:
     """(the table of costs, with the latencies of the file that the options name, if any; the other options)."""
     latencies = options.get("latencies")
@@ -149,6 +154,7 @@ METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
     "pege": _pege,
     "adaqat": _adaqat,
     "hgq": _hgq,
+    "csq": _csq,
     "allocation": _allocation,
     "ewgs": _ewgs,
     "cage": _cage,
@@ -166,6 +172,7 @@ MADE: dict[str, type[Method]] = {
     "pege": PEGECurriculum,
     "adaqat": AdaQAT,
     "hgq": HGQ,
+    "csq": CSQ,
     "allocation": Allocation,
     "ewgs": EWGSDelta,
     "cage": CAGE,

@@ -78,6 +78,7 @@ class CAGE(Method):
     """
 
     name = "cage"
+    moves_weights = True
 
     def __init__(
         self, model: nn.Module, total_steps: int, lam: float = 10.0, silence: float = 0.8, schedule: str = "ramp"

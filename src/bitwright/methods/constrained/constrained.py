@@ -54,6 +54,7 @@ class Constrained(Method):
     """
 
     name = "constrained"
+    moves_weights = True
 
     def __init__(
         self,
