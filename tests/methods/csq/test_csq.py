@@ -43,6 +43,11 @@ def whole(layer):
     return bool((steps - steps.round()).abs().max() < 1e-5)
 
 
+def norms(model):
+    """Gains of the norms."""
+    return [m.weight for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
 def test_temperature_choice_and_hardening_have_their_moments():
     model, method, _ = built(total=20, choose_at=0.5, freeze_at=0.9)
     step, seen = make_step(model, [method]), []
@@ -91,11 +96,12 @@ def test_the_budget_is_met_from_below_and_the_file_is_what_was_trained(limit, tm
     inner = [m for n, m in model.named_modules() if n in widths]
     assert all(whole(layer) for layer in inner)
     codes = [m.weight_quantizer.integer_codes(m.weight) for m in inner]
-    scales = [m.weight_quantizer.grid.scale.detach().clone() for m in inner]
+    gains = [n.detach().clone() for n in norms(model)]
     run(step, 18, 20)
     assert method.widths() == widths
     assert all(torch.equal(m.weight_quantizer.integer_codes(m.weight), k) for m, k in zip(inner, codes, strict=True))
-    assert any(bool((m.weight_quantizer.grid.scale != s).any()) for m, s in zip(inner, scales, strict=True))
+    # Norms train on; the scale of a channel that a norm divides by its own spread has no gradient but rounding.
+    assert any(bool((n != before).any()) for n, before in zip(norms(model), gains, strict=True))
     told = method.summary()
     assert told["frozen"]
     assert told["cost"] == {"bitops": now.bitops, "size": now.size_bytes}
@@ -155,7 +161,9 @@ def test_a_model_that_was_loaded_before_is_its_own_again(stop):
         net.zero_grad()
         F.cross_entropy(net(x), y).backward()
     ours, theirs = ([p.grad for p in net.parameters()] for net in (model, other))
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert any(a is not None and bool(a.any()) for a in ours)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 def test_a_compiled_model_trains_as_the_eager_one():
