@@ -43,6 +43,37 @@ def convnext() -> nn.Module:
     return models.ConvNeXt(settings, layer_scale=0.1, num_classes=10)
 
 
+def swin_v2() -> nn.Module:
+    swin = import_torchvision().models.swin_transformer
+    kinds = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    return swin.SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4], num_classes=10, **kinds)
+
+
+def resnet_v2() -> nn.Module:
+    """Its last layer is a convolution, whose output is flattened."""
+    timm = import_timm()
+    kinds = {"conv_layer": timm.layers.create_conv2d, "norm_layer": timm.layers.BatchNormAct2d}
+    model = timm.models.ResNetV2([1, 1], channels=(32, 64), num_classes=10, stem_chs=16, **kinds)
+    nn.init.normal_(model.head.fc.weight, std=0.3)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [swin_v2, resnet_v2])
+def test_codes_and_logits_of_the_native_runtime(make, tmp_path):
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(8, 3, 32, 32)
+    bw.prepare(model, bw.rules("w4a4") + bw.topology(model, x))
+    bw.calibrate(model, [x]).eval()
+    snap_biases(model, x)
+    path = tmp_path / "net.onnx"
+    export(model, path, x)
+    report = verify(model, path, [x], runtime="native")
+    assert all(row["ok"] for row in report.rows()), report.first_difference
+    assert report.clean_images > 0
+    assert report.clean_logit_difference <= 1e-4 * report.largest_logit
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [torchvision_vit, timm_vit, swin, convnext])
 def test_reproducible_to_the_last_bit(make, tmp_path):

@@ -123,18 +123,23 @@ def test_padding_with_pixels(tmp_path, mode):
     assert "pad" in {row["kernel"] for row in load(path).describe()}
 
 
-def test_the_output_is_floats_under_its_name(tmp_path):
-    """Codes that are reshaped into the output: `values`, which `verify` reads, shows what a run gives."""
+def test_values_are_what_the_file_has_under_their_names(tmp_path):
+    """Codes that are cut, pooled and reshaped after they were dequantized there; `verify` reads the output so."""
     net = Net(np.random.default_rng(0))
-    x = net.conv(net.quantized("input", "a.input", 0.1, 4), 0.1, "a", 4, 6, 3, 4, 4)
-    path = saved(
-        net.model(net.node("Flatten", [net.quantized(x, "out", 0.1, 8)], "y"), 2, None, 3, 4, 4), tmp_path / "x"
-    )
-    session, x = load(path), normal(2, 3, 4, 4)
-    values = session.values(x)["y"]
-    assert values.dtype == np.float32
-    np.testing.assert_array_equal(values, session.run(x))
-    np.testing.assert_array_equal(values, in_onnxruntime(path, x)[0])
+    x = net.conv(net.quantized("input", "a.input", 0.1, 4), 0.1, "a", 4, 6, 3, 3, 3)
+    x = net.quantized(x, "out", 0.1, 8)
+    cut = [net.constant(f"cut{i}", np.array([v])) for i, v in enumerate((1, 5, 1))]
+    x = net.node("MaxPool", [net.node("Slice", [x, *cut], "part")], "pooled", kernel_shape=[2, 2])
+    path = saved(net.model(net.node("Flatten", [x], "y"), 2, None, 3, 6, 6), tmp_path / "net.onnx")
+    x = normal(2, 3, 6, 6)
+    for kernels in ("reference", None):
+        session = load(path, kernels=kernels)
+        values = session.values(x)
+        for name in ("part", "pooled", "y"):
+            (want,) = in_onnxruntime(path, x, name, kind=TensorProto.FLOAT)[1:]
+            np.testing.assert_array_equal(values[name], want, err_msg=name)
+        np.testing.assert_array_equal(values["y"], session.run(x))
+        assert values["out.codes"].dtype == np.uint8
 
 
 def test_bounds_that_exclude_each_other():

@@ -27,9 +27,9 @@ def saved(model: onnx.ModelProto, path) -> str:
     return str(path)
 
 
-def in_onnxruntime(path: str, x: np.ndarray, *outputs: str) -> list[np.ndarray]:
+def in_onnxruntime(path: str, x: np.ndarray, *outputs: str, kind: int = TensorProto.UINT8) -> list[np.ndarray]:
     model = onnx.load(path)
-    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in outputs)
+    model.graph.output.extend(helper.make_tensor_value_info(name, kind, None) for name in outputs)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return [np.asarray(v) for v in session.run(None, {"input": x})]
 

@@ -80,7 +80,8 @@ class Planner:
             raise BitwrightError(f"{graph.path}: its output {graph.output!r} is computed by no node")
         output = self.as_in_file(graph.output)
         images = frozenset(v.name for v in self.values.values() if v.image)
-        return Program(tuple(self.steps), graph.input, output.name, images)
+        kept = {n: v.codes for n, v in self.values.items() if n == v.name and v.kind == TensorProto.FLOAT and v.codes}
+        return Program(tuple(self.steps), graph.input, output.name, images, kept)
 
     def emit(self, op: Op | Host, inputs: list[Value], name: str, value: Value, layer: str = "") -> Value:
         """Append a step that makes `value`, known in the file as `name`."""

@@ -2,8 +2,8 @@
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bitwright.errors import BitwrightError
 from bitwright.runtime import build, reference
 from bitwright.runtime.native import Bound, NativeOp, bind, buffer
-from bitwright.runtime.ops import Op, Shape, View, gives_floats
+from bitwright.runtime.ops import Codes, Op, Shape, View, gives_floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +34,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """Steps in order of execution, from `input` (float32) to `output`; `images` are values kept channels last."""
+    """Steps in order of execution, from `input` (float32) to `output`.
+
+    images: values kept channels last. kept: values kept as codes where the file has what these stand for.
+    """
 
     steps: tuple[Step, ...]
     input: str
     output: str
     images: frozenset[str] = frozenset()
+    kept: Mapping[str, Codes] = field(default_factory=dict)
 
     def roots(self) -> dict[str, str]:
         """The value whose memory each view shares."""

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.errors import BitwrightError
-from bitwright.runtime import build, packing
+from bitwright.runtime import build, packing, reference
 from bitwright.runtime.constants import Graph
 from bitwright.runtime.handlers import plan
-from bitwright.runtime.ops import Conv, Shape
+from bitwright.runtime.ops import Conv, Dequantize, Shape
 from bitwright.runtime.program import Compiled, Host
 
 SHAPES_KEPT = 4  # bindings for the input shapes seen last
@@ -61,8 +61,8 @@ class Session:
             compiled = Compiled(self.program, x.shape, self.path, keep=True)
             compiled.run(x)
             found = compiled.arrays
-        values = {n: np.moveaxis(v, 3, 1) if n in self.program.images else v for n, v in found.items()}
-        # What the file calls its output may be kept as codes or channels last; a run ends with floats.
+        values = found | {n: reference.run(Dequantize(codes), found[n]) for n, codes in self.program.kept.items()}
+        values = {n: np.moveaxis(v, 3, 1) if n in self.program.images else v for n, v in values.items()}
         return values | {self.output: found[self.program.output]}
 
     def checked(self, x: NDArray) -> NDArray[np.float32]:
