@@ -93,6 +93,19 @@ def test_attention_and_plain_nets_need_little():
     assert found(VGGSmall(4, 1, 8, width=2), 1, 8, 8) == []
 
 
+def test_logits_of_a_convolution_are_not_quantized_in_another_shape_either():
+    first = (nn.Conv2d(3, 4, 3), nn.ReLU())
+    heads = {
+        "flattened": (nn.Conv2d(4, 5, 4), nn.Flatten()),
+        "squeezed": (nn.Conv2d(4, 5, 4), nn.Flatten(2), nn.Flatten()),
+        "a map": (nn.Conv2d(4, 5, 1),),
+    }
+    for name, head in heads.items():
+        assert found(nn.Sequential(*first, *head), 3, 6, 6) == [], name
+    # Pooled logits are means of codes.
+    assert found(nn.Sequential(*first, nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 3, 6, 6) == ["2"]
+
+
 def test_fpres_places_nothing():
     assert bw.topology(Functional(), torch.randn(1, 3, 6, 6), "fpres") == []
 

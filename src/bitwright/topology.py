@@ -139,12 +139,17 @@ def places(model: nn.Module, flow: Flow, layers: Mapping[str, nn.Module]) -> Ite
         if read_by_one_layer(start, layers):
             continue
         end = settled(start)
-        if any(v.leaves for v in end):
+        if is_output(end[-1]):
             continue
         names = [(name, v) for v in reversed(end) for name in flow.once(v)]
         # The same value may leave an identity inside a norm and the norm: the norm says more.
         telling = [(n, v) for n, v in names if type(model.get_submodule(n)) is not nn.Identity]
         yield from (telling or names)[:1]
+
+
+def is_output(value: Value) -> bool:
+    """Whether the network puts out `value`, maybe in another shape: quantized logits would tie."""
+    return value.leaves or any(r.kind in MOVED and is_output(r) for r in value.readers)
 
 
 def is_sum(value: Value) -> bool:
