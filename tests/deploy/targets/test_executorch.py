@@ -61,7 +61,7 @@ def test_a_trained_network_runs_on_integer_kernels_and_predicts_the_same(tmp_pat
     assert found.ok, found.first_difference
     assert found.different_file == 0
     rows = [r for r in found.rows() if r["what"] != "weight"]
-    assert len(rows) == 10 + 8  # every quantizer of an input and of an output
+    assert len(rows) == 10 + 9  # every quantizer of an input and of an output
     assert sum(r["values"] for r in rows) > 1_000_000
     assert sum(r["different_file"] for r in rows) <= 100e-6 * sum(r["values"] for r in rows)
     assert max(r["largest_steps"] for r in rows) <= 1

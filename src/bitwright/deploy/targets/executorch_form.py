@@ -102,19 +102,18 @@ class Int8Codes(nn.Module):
 class Int8Layer(nn.Module):
     """A convolution or linear layer as operators.
 
-    integer: False for the layer that writes the network's output, which has no grid: XNNPACK has integer kernels with
-    integer outputs only, so that its product is taken in float32, of the same values.
+    integer: False for a float layer and for the one that writes the network's output, which has no grid: XNNPACK's
+    integer kernels have integer outputs, so that this product is taken in float32, of the same values.
     """
 
     weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, layer: IntLayer, taken: Taken, integer: bool):
         super().__init__()
-        assert layer.packed is not None
-        assert layer.input_quantizer is not None
-        self.source, self.integer = [layer], integer
-        self.codes = Int8Codes(layer.input_quantizer, taken)
-        if integer:
+        self.source, self.integer = [layer], integer and layer.packed is not None
+        self.codes = nn.Identity() if layer.input_quantizer is None else Int8Codes(layer.input_quantizer, taken)
+        if self.integer:
             numbers, scale = positive(layer)
             self.register_buffer("weight", numbers)
             self.register_buffer("scale", scale)
@@ -130,7 +129,7 @@ class Int8Layer(nn.Module):
             weight = ops.dequantize_per_channel(weight, self.scale, self.zero, 0, LO, HI, torch.int8)
         if not isinstance(layer, IntConv):
             return F.linear(x, weight, self.bias)
-        convolve = F.conv1d if len(layer.kernel_size) == 1 else F.conv2d
+        convolve: Any = F.conv1d if len(layer.kernel_size) == 1 else F.conv2d
         return convolve(x, weight, self.bias, layer.stride, pads_of(layer), layer.dilation, layer.groups)
 
 
@@ -179,7 +178,7 @@ class Int8Form(nn.Module):
     def replace(self, parent: nn.Module, last: str | None) -> None:
         """Put operators in the place of integer layers below `parent`."""
         for key, child in list(parent._modules.items()):
-            if isinstance(child, IntConv | IntLinear) and child.packed is not None:
+            if isinstance(child, IntConv | IntLinear):
                 parent._modules[key] = Int8Layer(child, self.taken, child.name != last)
             elif isinstance(child, OutputCodes):
                 parent._modules[key] = Int8Codes(child.codes, self.taken)
