@@ -76,7 +76,7 @@ def small() -> nn.Module:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
         nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU6(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 5),
+        nn.Linear(32, 12, bias=False), nn.ReLU(), nn.Linear(12, 5),
     )  # fmt: skip
     return settle(model, 16, 3, 8, 8)
 
@@ -140,6 +140,15 @@ def test_the_rest_is_refused_in_one_line(layer, rule, message, tmp_path):
     assert "\n" not in str(caught.value)
     assert (tmp_path / "net.pte").read_text() == "what was there before"
     assert [p.name for p in tmp_path.iterdir()] == ["net.pte"]
+
+
+@pytest.mark.usefixtures("_executorch")
+def test_a_bias_that_the_sums_cannot_hold_is_refused(tmp_path):
+    model, x = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(64, 2)
+    quantized(model, "w8a8", x, ends=None)
+    snap_biases(model, x[:2])
+    with pytest.raises(BitwrightError, match=r"^0: target executorch would move its bias by 0\.0.* than 0.002; train"):
+        export(model, tmp_path / "net.pte", x, target="executorch")
 
 
 @pytest.mark.usefixtures("_executorch")

@@ -8,7 +8,7 @@ import copy
 import importlib
 import importlib.metadata
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bitwright.deploy.capture import first_line, owner_of, quiet_export
+from bitwright.deploy.capture import ATEN, PASSED, first_line, owner_of, quiet_export
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes
-from bitwright.deploy.lower import LayerFile
-from bitwright.deploy.targets.executorch_form import LO, Int8Form, Int8Layer, refuse_what_is_lost
+from bitwright.deploy.targets.executorch_form import LO, Int8Form, Int8Layer, refuse_bias, refuse_what_is_lost
 from bitwright.deploy.targets.opened import Network
 from bitwright.errors import BitwrightError
 
@@ -113,25 +112,41 @@ def kernels(graph: fx.GraphModule) -> dict[str, int]:
     return found
 
 
-def refuse_float_outputs(graph: fx.Graph) -> None:
-    """Raise BitwrightError where an integer layer's output has other readers than one quantizer."""
+def quantize_outputs(graph: fx.Graph, layers: dict[str, Int8Layer]) -> None:
+    """Put the quantizer that reads an integer layer right behind it, where XNNPACK wants it.
+
+    Pooling and shapes in between commute with it. BitwrightError where no quantizer, or another reader, is there, or
+    where the layer's bias cannot be kept; layers: by the name of the module in the exported network.
+    """
     ops: Any = torch.ops.quantized_decomposed
     weights = [n for n in graph.nodes if n.target is ops.dequantize_per_channel.default]
     for node in (next(iter(w.users)) for w in weights):
-        end = node
-        while len(end.users) == 1 and activation(next(iter(end.users))):
-            end = next(iter(end.users))
-        if [u.target for u in end.users] != [ops.quantize_per_tensor.default]:
+        end = followed(node, (ATEN.relu, ATEN.relu_, ATEN.hardtanh, ATEN.hardtanh_))
+        last = followed(end, PASSED)
+        readers = list(last.users)
+        if [r.target for r in readers] != [ops.quantize_per_tensor.default]:
             raise BitwrightError(
                 f"{owner_of(node).removeprefix('network.0.')}: XNNPACK has no integer kernel with a float output; "
                 "give it a quantizer (topology res8, or an output rule), or use target onnx"
             )
+        refuse_bias(layers[owner_of(node)], readers[0].args[1])  # pyright: ignore
+        if last is end:
+            continue
+        behind, about = next(iter(end.users)), readers[0].args[1:]
+        with graph.inserting_after(end):
+            codes = graph.create_node("call_function", ops.quantize_per_tensor.default, (end, *about))
+        with graph.inserting_after(codes):
+            values = graph.create_node("call_function", ops.dequantize_per_tensor.default, (codes, *about))
+        codes.meta = {**end.meta, "val": end.meta["val"].to(torch.int8)}
+        values.meta = copy.copy(end.meta)
+        behind.replace_input_with(end, values)
 
 
-def activation(node: fx.Node) -> bool:
-    """Whether XNNPACK makes bounds of its kernel's output of this operator."""
-    aten = torch.ops.aten
-    return getattr(node.target, "overloadpacket", None) in (aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_)
+def followed(node: fx.Node, kinds: Collection[Any]) -> fx.Node:
+    """The last of the nodes behind `node` that each alone reads the one before and is of one of `kinds`."""
+    while len(node.users) == 1 and getattr(next(iter(node.users)).target, "overloadpacket", None) in kinds:
+        node = next(iter(node.users))
+    return node
 
 
 def lowered(form: Int8Form, example: Tensor) -> tuple[bytes, dict[str, int]]:
@@ -139,11 +154,12 @@ def lowered(form: Int8Form, example: Tensor) -> tuple[bytes, dict[str, int]]:
     exir, partitioner, _ = parts()
     # Registers the operators of quantized networks.
     importlib.import_module("torch.ao.quantization.fx._decomposed")
+    layers = {name: m for name, m in form.named_modules() if isinstance(m, Int8Layer)}
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(form, (example,), strict=False)
+            quantize_outputs(program.graph_module.graph, layers)
             tidy(program.graph_module.graph)
-            refuse_float_outputs(program.graph_module.graph)
             program.graph_module.recompile()
             edge = exir.to_edge_transform_and_lower(
                 program, partitioner=[partitioner.XnnpackPartitioner()], constant_methods={MARK: 1}
@@ -186,12 +202,7 @@ def export_executorch(model: nn.Module, path: Path, example: Tensor) -> ExportRe
     refuse_what_is_lost(frozen)
     form = Int8Form(frozen, image).eval()
     data, _ = lowered(form, image)
-    layers = [m for m in form.modules() if isinstance(m, Int8Layer)]
-    files = []
-    for layer in layers:
-        source, held = layer.source[0], layer.weight
-        packing = "int8" if layer.integer else "float32"
-        files.append(LayerFile(source.name, source.bits, packing, held.numel(), held.nbytes))
+    files = [m.stored for m in form.modules() if isinstance(m, Int8Layer)]
     with replacing(path) as new:
         new.write_bytes(data)
         program, method = opened(new, path)

@@ -9,11 +9,15 @@ from torch import Tensor, nn
 
 from bitwright.deploy.attention import IntProducts
 from bitwright.deploy.integer import InputCodes, IntAdd, IntConv, IntEmbedding, IntLayer, IntLinear, OutputCodes
+from bitwright.deploy.lower import LayerFile
 from bitwright.errors import BitwrightError
 from bitwright.layers.fold import along_first
 
 # XNNPACK's tensors are int8, of which it drops every narrower bound.
 LO, HI = -128, 127
+# XNNPACK adds a bias to integer sums. A linear layer's is no whole number there; rounded, it moves by up to half a
+# step of the sums. Up to this share of a step of the output, half of it on average, one code in a thousand changes.
+LARGEST_SHIFT = 2e-3
 
 
 def refuse_what_is_lost(frozen: nn.Module) -> None:
@@ -107,6 +111,7 @@ class Int8Layer(nn.Module):
     """
 
     weight: Tensor
+    scale: Tensor
     bias: Tensor | None
 
     def __init__(self, layer: IntLayer, taken: Taken, integer: bool):
@@ -122,6 +127,12 @@ class Int8Layer(nn.Module):
             self.register_buffer("weight", layer.values.clone())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.clone())
 
+    @property
+    def stored(self) -> LayerFile:
+        """How the weight lies in the file."""
+        name, bits, packing = self.source[0].name, self.source[0].bits, "int8" if self.integer else "float32"
+        return LayerFile(name, bits, packing, self.weight.numel(), self.weight.nbytes)
+
     def forward(self, x: Tensor) -> Tensor:
         layer, weight, x = self.source[0], self.weight, self.codes(x)
         if self.integer:
@@ -133,10 +144,31 @@ class Int8Layer(nn.Module):
         return convolve(x, weight, self.bias, layer.stride, pads_of(layer), layer.dilation, layer.groups)
 
 
+def refuse_bias(layer: Int8Layer, output_scale: float) -> None:
+    """Raise BitwrightError where the bias, rounded to a whole number of the sums' steps, would move too many codes."""
+    bias, codes = layer.source[0].bias, layer.source[0].input_quantizer
+    if bias is None or codes is None:
+        return
+    step = layer.scale.double() * codes.scale.double()
+    moved = float(((bias.double() / step).round() * step - bias.double()).abs().max())
+    if moved > LARGEST_SHIFT * output_scale:
+        raise BitwrightError(
+            f"{layer.source[0].name}: target executorch would move its bias by {moved / output_scale:.2g} steps of its "
+            f"output, more than {LARGEST_SHIFT}; train it without bias, or use target onnx"
+        )
+
+
 def positive(layer: IntLayer) -> tuple[Tensor, Tensor]:
-    """(int8 numbers, scales (channels,) float32 above 0) of a weight: XNNPACK takes no other scales."""
+    """(int8 numbers, scales (channels,) float32 above 0) of a weight: XNNPACK takes no other scales.
+
+    Beside a bias that is not on the grid of the sums, numbers of narrow weights are larger by a power of two, and
+    scales smaller: the same values, and a finer grid for the bias to be rounded to.
+    """
     assert layer.packed is not None
     numbers, scale = layer.packed.numbers.int(), layer.packed.scale.expand(layer.packed.numbers.shape[0])
+    if layer.bias is not None and layer.bias_codes is None:
+        multiple = 1 << max((HI // max(int(numbers.abs().max()), 1)).bit_length() - 1, 0)
+        numbers, scale = numbers * multiple, scale / multiple
     turned = torch.where(along_first(scale < 0, numbers.ndim), -numbers, numbers)
     if int(turned.max()) > HI:
         raise BitwrightError(
