@@ -153,7 +153,7 @@ def export(
     data_dir: DataDir = None,
     cache: Cache = None,
 ) -> None:
-    """Write the deployable file for TARGET: onnx, packed, openvino, qonnx or compressed-tensors."""
+    """Write the deployable file for TARGET: onnx, packed, openvino, qonnx, compressed-tensors or executorch."""
     from bitwright.deploy.targets import EXPORT
     from bitwright.errors import BitwrightError
     from bitwright.training.folder import load_run

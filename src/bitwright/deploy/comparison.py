@@ -116,7 +116,8 @@ class VerifyReport:
     itself in float64, which is then what they are compared with. logit_difference: largest absolute difference of
     logits between training form and file;
     clean_logit_difference: over clean images.
-    largest_logit: largest |logit|. first_difference: one line, None where everything is within tolerance.
+    largest_logit: largest |logit|. file_difference: what a target found by itself whose weights cannot be seen.
+    first_difference: one line, None where everything is within tolerance.
     """
 
     path: str
@@ -130,6 +131,7 @@ class VerifyReport:
     logit_difference: float = 0.0
     clean_logit_difference: float = 0.0
     largest_logit: float = 0.0
+    file_difference: str | None = None
 
     @property
     def first_difference(self) -> str | None:
@@ -147,7 +149,7 @@ class VerifyReport:
                 f"output: logits differ by {self.clean_logit_difference:.3g} where all codes agree; "
                 f"the largest logit is {self.largest_logit:.3g}"
             )
-        return None
+        return self.file_difference
 
     @property
     def ok(self) -> bool:

@@ -64,6 +64,7 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any], *, runtim
             logits, codes = file.run(x)
             clean = compare_codes(report, recorder, codes, x.shape[0])
             compare_outputs(report, *outputs, logits, clean, lambda rows, x=x: exact(x[rows]))
+        report.file_difference = getattr(file, "difference", None)
     return report
 
 

@@ -12,6 +12,7 @@ from bitwright.deploy.targets.compressed_tensors_folder import (
     export_compressed_tensors,
     read_config,
 )
+from bitwright.deploy.targets.executorch_file import ExecutorchFile, export_executorch
 from bitwright.deploy.targets.onnx_file import OnnxFile, export_onnx
 from bitwright.deploy.targets.opened import Network, Opened
 from bitwright.deploy.targets.openvino_file import OpenVinoFile, export_openvino
@@ -25,6 +26,7 @@ EXPORT: dict[str, Callable[[nn.Module, Path, Tensor], ExportReport]] = {
     "openvino": export_openvino,
     "qonnx": export_qonnx,
     "compressed-tensors": export_compressed_tensors,
+    "executorch": export_executorch,
 }
 OPEN: dict[str, Callable[[Path, Network], Opened]] = {
     "onnx": OnnxFile,
@@ -32,6 +34,7 @@ OPEN: dict[str, Callable[[Path, Network], Opened]] = {
     "openvino": OpenVinoFile,
     "qonnx": QonnxFile,
     "compressed-tensors": CompressedTensorsFolder,
+    "executorch": ExecutorchFile,
 }
 
 
@@ -46,8 +49,11 @@ def target_of(path: Path) -> str:
         return "compressed-tensors"
     if path.is_file():
         with path.open("rb") as file:
-            if file.read(9)[8:] == b"{":  # safetensors: eight bytes of length, then JSON
-                return "packed"
+            start = file.read(9)
+        if start[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+            return "packed"
+        if start[4:6] == b"ET":  # a flatbuffer: four bytes of offset, then its kind and version
+            return "executorch"
     target = {p.key: p.value for p in read(path).metadata_props}.get("target", "onnx")
     if target not in OPEN:
         raise BitwrightError(f"{path}: is of target {target!r}; known are {', '.join(OPEN)}")
