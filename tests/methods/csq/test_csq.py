@@ -186,7 +186,7 @@ def test_a_compiled_model_trains_as_the_eager_one():
         assert method.done
     assert widths[0] == widths[1]
     assert len(widths[0]) > 8, "widths did change"
-    assert counter.frame_count == 2, "one graph for soft bits, one for hard ones"
+    assert counter.frame_count == 3, "one graph for soft planes, one for chosen ones, one for hard bits"
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-5, atol=1e-7, msg=name)
 
@@ -216,7 +216,7 @@ def test_a_sum_that_shares_its_quantizer_with_readers_is_no_obstacle():
     net = float_net().requires_grad_(True)
     spec = QuantizerSpec(bits=8)
     rules = [Rule(match="*", weight=spec, input=spec)]
-    prepare(net, rules + topology(net, data()[0], "shared8", rules=rules))
+    prepare(net, rules + topology(net, data()[0], "shared", rules=rules))
     calibrate(net, [data(count=32)])
     costs = cost_table(net, data()[0][:1])
     method = CSQ(net.train(), 10, costs, {"size": 0.5 * costs.size_bytes}, **FAST)

@@ -94,6 +94,7 @@ class CSQ(Method):
         self.choice, self.deadline = (max(1, round(share * total_steps)) for share in (choose_at, freeze_at))
         model = unwrap(model)
         layers = adjustable_layers(model, fixed, self.name, roles=("weight",))
+        weights = own_weights(model, layers)
         index = {name: i for i, name in enumerate(layers)}
         self.rows = make_rows(costs, model, index, self.name, roles=("weight",))
         self.limits, self.charged = smooth_budget(budget, self.name), self.rows
@@ -102,7 +103,6 @@ class CSQ(Method):
             self.limits = {"size": mean_bits * len(layers)}
         self.mean_bits = mean_bits
         check_limits(self.limits, self.charged, in_pairs([LEAST] * len(layers)), "2-bit weights in all layers", "csq")
-        weights = own_weights(model, layers)
         self.temperature = torch.ones(1, device=next(iter(weights.values())).device)
         self.planes = [
             BitPlanes(name, roles["weight"][0], weights[name], self.temperature, start)
