@@ -369,3 +369,24 @@ def test_pruned_weights_are_refused_until_they_are_parameters():
     frozen = freeze(model, x)
     assert int((model[2].weight == 0).sum()) >= 72  # half of them
     assert torch.allclose(frozen(x), model.eval()(x), atol=1e-5)
+
+
+class AsksItsWeight(nn.Module):
+    """Makes a tensor where a layer's weight lives, as timm's XCiT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = torch.arange(6, device=self.conv.weight.device, dtype=self.conv.weight.dtype)
+        return self.head((self.conv(x) + place).mean((2, 3)))
+
+
+def test_a_model_may_ask_a_weight_where_it_lives(tmp_path):
+    x = torch.randn(4, 3, 8, 8)
+    model = bw.calibrate(bw.prepare(AsksItsWeight(), bw.rules("w8a8")), [x]).eval()
+    snap_biases(model, x)
+    assert_same(model, freeze(model, x), x)
+    bw.export(model, tmp_path / "m.onnx", x)
+    assert bw.verify(model, tmp_path / "m.onnx", [x]).ok

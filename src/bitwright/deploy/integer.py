@@ -194,6 +194,14 @@ class IntLayer(nn.Module):
         return numbers.to(dtype), self.numbers.to(dtype), factor
 
     @property
+    def weight(self) -> Tensor:
+        """A tensor of no elements, for models that ask a layer's weight where it lives and of what type it is.
+
+        Whoever computed with a weight's numbers would pass the layer by, and with it its quantizers.
+        """
+        return torch.empty(0, device=self.values.device)
+
+    @property
     def values(self) -> Tensor:
         """The weight that the layer stands for, float32."""
         if self.weight_codes is None or self.weight_scale is None:
