@@ -28,7 +28,7 @@ method = {
     "bwrf": lambda: BWRF(model, partner, sample=True),
     "cage": lambda: CAGE(model, 6, lam=1.0, silence=0.1),
     "constrained": lambda: Constrained(model, torch.nn.functional.cross_entropy, rate=1.0),
-    "csq": lambda: CSQ(model, 6, costs, {"bitops": 0.6 * costs.bitops}, mask_lr=3.0),
+    "csq": lambda: CSQ(model, 6, costs, {"bitops": 0.8 * costs.bitops}, mask_lr=3.0),
     "gaqat": lambda: GAQAT(model, rho=0.2, window=2, threshold=0.6),
     "hgq": lambda: HGQ(model, 6, costs, {"bitops": 0.6 * costs.bitops}, warmup_steps=0, freeze_at=1.0),
     "kd": lambda: KD(partner),
