@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import data
@@ -18,11 +17,10 @@ from bitwright.training.data.dataset import (
     check_statistics,
     epoch_order,
     epoch_steps,
-    generator,
     normalise,
     take_subset,
 )
-from bitwright.training.data.loading import default_workers, ignore_interrupts
+from bitwright.training.data.loading import Sample, default_workers, load_batches
 from bitwright.training.data.pictures import import_pillow, open_picture, plain_pixels, train_pixels
 from bitwright.training.data.sources import search_folders
 
@@ -92,27 +90,15 @@ class FolderDataset:
     ) -> Iterator[Batch]:
         device = torch.device(device)
         mean, std = (torch.tensor(v).view(-1, 1, 1).to(device) for v in (self.mean, self.std))
-        loader = data.DataLoader(
-            _Pictures(split, self.image_size, self.resize, key),
-            batch_sampler=[batch.tolist() for batch in index],
-            num_workers=min(self.workers, len(index)),
-            collate_fn=_collate,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_interrupts,
-            generator=generator("loader"),  # otherwise it draws from, and so moves, the global state
-        )
-        for found in loader:
-            if isinstance(found, str):
-                raise BitwrightError(found)
-            images, labels = (t.to(device, non_blocking=True) for t in found)
+        samples = _Pictures(split, self.image_size, self.resize, key)
+        for images, labels in load_batches(samples, index, self.workers, device):
             yield normalise(images.permute(0, 3, 1, 2).contiguous(), mean, std), labels
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pictures(data.Dataset):
-    """What a worker is asked for: pixels and class of one file, or the message of the error that it met.
+class _Pictures(data.Dataset[Sample]):
+    """Pixels and class of one file.
 
-    A message, because an exception that crosses the process border comes back with a traceback as its text.
     key: (seed, epoch) of augmented pictures, each drawn by its own (seed, epoch, sample); None for the test view.
     """
 
@@ -124,7 +110,7 @@ class _Pictures(data.Dataset):
     def __len__(self) -> int:
         return len(self.split.paths)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int] | str:
+    def __getitem__(self, index: int) -> Sample:
         try:
             picture = open_picture(self.split.paths[index])
         except BitwrightError as error:
@@ -133,16 +119,6 @@ class _Pictures(data.Dataset):
         if self.key is None:
             return plain_pixels(picture, self.size, self.resize), label
         return train_pixels(picture, self.size, random.Random(repr((*self.key, index)))), label
-
-
-def _collate(samples: list[tuple[np.ndarray, int] | str]) -> tuple[Tensor, Tensor] | str:
-    pairs = []
-    for sample in samples:
-        if isinstance(sample, str):
-            return sample
-        pairs.append(sample)
-    pixels, labels = zip(*pairs, strict=True)
-    return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
 
 
 def imagefolder(

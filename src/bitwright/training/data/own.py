@@ -14,7 +14,7 @@ from torch.utils import data
 
 from bitwright.errors import BitwrightError
 from bitwright.training.data.dataset import Batch, calibration_order, epoch_order, epoch_steps, generator
-from bitwright.training.data.loading import default_workers, ignore_interrupts
+from bitwright.training.data.loading import Sample, default_workers, load_batches
 from bitwright.training.own_code import Own, find_own
 
 RETURNS = "a function that returns two torch datasets, (train, test)"
@@ -80,26 +80,12 @@ class OwnDataset:
     def _batches(
         self, split: str, samples: Any, index: Sequence[Tensor], device: torch.device | str, key: tuple[int | str, ...]
     ) -> Iterator[Batch]:
-        device = torch.device(device)
-        loader = data.DataLoader(
-            _Samples(self, split, samples, key),
-            batch_sampler=[batch.tolist() for batch in index],
-            num_workers=min(self.workers, len(index)),
-            collate_fn=_collate,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_interrupts,
-            generator=generator("loader"),  # otherwise it draws from, and so moves, the global state
-        )
-        for found in loader:
-            if isinstance(found, str):
-                raise BitwrightError(found)
-            x, y = (t.to(device, non_blocking=True) for t in found)
-            yield x, y
+        return load_batches(_Samples(self, split, samples, key), index, self.workers, device)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Samples(data.Dataset):
-    """What a worker is asked for: a sample, or the message of the error that it met.
+class _Samples(data.Dataset[Sample]):
+    """The user's samples as `load_batches` wants them.
 
     key: with the sample's index it seeds all random states that the user's code may draw from.
     """
@@ -112,7 +98,7 @@ class _Samples(data.Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+    def __getitem__(self, index: int) -> Sample:
         blank = self.owner.blank[0]
         try:
             with seeded(*self.key, index):
@@ -128,16 +114,6 @@ class _Samples(data.Dataset):
         if not 0 <= label < self.owner.num_classes:
             return f"{where} has label {label}; accepted are 0 to {self.owner.num_classes - 1}"
         return x, label
-
-
-def _collate(samples: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
-    pairs = []
-    for sample in samples:
-        if isinstance(sample, str):
-            return sample
-        pairs.append(sample)
-    x, labels = zip(*pairs, strict=True)
-    return torch.stack(x), torch.tensor(labels)
 
 
 @contextmanager
