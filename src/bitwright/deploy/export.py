@@ -30,7 +30,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor, *, target: str =
 
     Raises:
         BitwrightError: the target is unknown, does not keep what the model has, or needs a package that is absent;
-            the model cannot be frozen or written; or the file cannot be written.
+            the model is not in float32, or cannot be frozen or written; or the file cannot be written.
     """
     if target not in EXPORT:
         raise BitwrightError(f"target {target!r} is not accepted; use {' or '.join(EXPORT)}")

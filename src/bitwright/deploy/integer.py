@@ -199,7 +199,9 @@ class IntLayer(nn.Module):
 
         Whoever computed with a weight's numbers would pass the layer by, and with it its quantizers.
         """
-        return torch.empty(0, device=self.values.device)
+        kept = self.weight_float if self.weight_codes is None else self.weight_codes
+        assert kept is not None
+        return torch.empty(0, device=kept.device)
 
     @property
     def values(self) -> Tensor:
