@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.calibrate import rows_per_scale
 from bitwright.grids import Shape, Stats
@@ -28,3 +28,12 @@ def make_quantizer(
     made = Quantizer(spec, shape).to(data.dtype)
     made.initialize(Stats.of(rows_per_scale(data, made.shape)))
     return made
+
+
+def shallow(model: nn.Module, stages: list[str]) -> nn.Module:
+    """`model` with at most two blocks in each of `stages`: one that changes the shape, one that keeps it."""
+    for name in stages:
+        stage = model.get_submodule(name)
+        for block in list(dict(stage.named_children()))[2:]:
+            delattr(stage, block)
+    return model

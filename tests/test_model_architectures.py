@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import bitwright as bw
 from bitwright.deploy import export, snap_biases, verify
 from bitwright.training.vision import import_timm, import_torchvision
+from making import shallow
 
 
 def vision(name, **options):
@@ -61,10 +62,13 @@ SLOW = {
     "swin_v2": (32, swin_v2),
     "timm swin": (56, lambda: timm("swin_tiny_patch4_window7_224", img_size=56, depths=(2, 2), num_heads=(3, 6))),
     "vgg11_bn": (32, vgg),
-    "efficientnet_b0": (64, lambda: vision("efficientnet_b0")),
-    "regnet_y_400mf": (64, lambda: vision("regnet_y_400mf")),
-    "shufflenet_v2_x0_5": (64, lambda: vision("shufflenet_v2_x0_5")),
-    "timm tf_efficientnet_lite0": (32, lambda: timm("tf_efficientnet_lite0")),
+    "efficientnet_b0": (64, lambda: shallow(vision("efficientnet_b0"), [f"features.{i}" for i in range(1, 8)])),
+    "regnet_y_400mf": (64, lambda: shallow(vision("regnet_y_400mf"), [f"trunk_output.block{i}" for i in range(1, 5)])),
+    "shufflenet_v2_x0_5": (64, lambda: shallow(vision("shufflenet_v2_x0_5"), ["stage2", "stage3", "stage4"])),
+    "timm tf_efficientnet_lite0": (
+        32,
+        lambda: shallow(timm("tf_efficientnet_lite0"), [f"blocks.{i}" for i in range(7)]),
+    ),
 }
 # Layers that compute without a quantized form, and are said to: class by model.
 FLOAT = {"timm swin": {"WindowAttention"}}
