@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from deploy_nets import quantized
-from torch import nn
+from torch import fx, nn
 
 import bitwright as bw
 from bitwright.deploy import export, freeze, snap_biases, verify
@@ -14,6 +14,7 @@ from bitwright.deploy.integer import IntLayer
 from bitwright.deploy.probe import read
 from bitwright.deploy.targets import packed_loader
 from bitwright.layers.significant import significant_bits
+from bitwright.training.models.resnet import CifarResNet
 
 
 class Separable(nn.Module):
@@ -193,3 +194,19 @@ def test_norms_and_tables_are_as_fine_as_what_reads_them(bits, tmp_path):
     assert verify(model, tmp_path / "net.onnx", [x]).ok
     constants = {tuple(t.dims) for t in read(tmp_path / "net.onnx").graph.initializer if t.data_type == 1}
     assert (1, 40, 24) not in constants
+
+
+def test_a_network_traced_to_a_graph_makes_the_same_file(tmp_path):
+    files = []
+    for traced in (False, True):
+        torch.manual_seed(0)
+        model, x = CifarResNet(8, 5, 3), torch.randn(4, 3, 8, 8)
+        if traced:
+            model = fx.symbolic_trace(model)
+        bw.prepare(model, bw.rules("w2a2") + bw.topology(model, x))
+        bw.calibrate(model, [x]).eval()
+        snap_biases(model, x)
+        files.append(tmp_path / f"{traced}.onnx")
+        export(model, files[-1], x)
+        assert verify(model, files[-1], [x]).ok
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -87,6 +87,10 @@ def without_norm(module: Any) -> nn.Module:
 def marked(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose weights are float and whose other quantizers are marks."""
     twin = copy.deepcopy(model).eval()
+    for module in twin.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.clear()  # says which module a node belonged to when it was traced, without our marks
     set_bypass(quantizers(twin).values(), True)
     for layer in quant_layers(twin).values():
         for slot in layer.input_slots:
