@@ -7,7 +7,7 @@ read by anything but one input quantizer. Integer kernels write integers: they n
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from bitwright.errors import BitwrightError
 from bitwright.flow import Flow, Value, trace
@@ -31,7 +31,7 @@ ADDITIONS = {"add", "__add__", "__radd__", "__iadd__"}
 
 def topology(
     model: nn.Module,
-    example: Tensor,
+    example: Any,
     kind: Topology = "res8",
     *,
     rules: Sequence[Rule] | None = None,
@@ -45,7 +45,7 @@ def topology(
 
     Args:
         model: float; it runs once, in evaluation mode, and is not changed.
-        example: an input batch; its first sample is used.
+        example: an input batch, as `calibrate` takes them; its first sample is used.
         kind: "fpres": none, sums are float. "res8" (default): 8-bit quantizers on the output of every convolution
             (behind its norm and activation) that is not read by one input quantizer alone, and on every sum of such
             outputs. "shared": as res8, but a tensor that convolutions or linear layers read is quantized once, at

@@ -105,7 +105,7 @@ class CostTable:
 
 
 def cost_table(
-    model: nn.Module, example: Tensor, *, classifier_float: bool = False, latencies: LatencyTable | None = None
+    model: nn.Module, example: Any, *, classifier_float: bool = False, latencies: LatencyTable | None = None
 ) -> CostTable:
     """BitOPs and size of `model` at its present bits.
 

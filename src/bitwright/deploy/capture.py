@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bitwright.batches import exportable, inputs_of
 from bitwright.deploy.integer import symbol
 from bitwright.errors import BitwrightError
 from bitwright.layers import QuantBatchNorm2d, QuantConv1d, QuantConv2d, QuantLinear, attach_output, has_output
@@ -106,7 +107,7 @@ class Captured:
     twin: nn.Module
 
 
-def captured(model: nn.Module, example: Tensor) -> Captured:
+def captured(model: nn.Module, example: Any) -> Captured:
     """The graph of a prepared model, which is not changed; `example` is one input batch.
 
     Raises:
@@ -114,8 +115,8 @@ def captured(model: nn.Module, example: Tensor) -> Captured:
     """
     twin = marked(model)
     try:
-        with quiet_export(), torch.no_grad():
-            return Captured(torch.export.export(twin, (example,), strict=False), twin)
+        with quiet_export(), torch.no_grad(), exportable(twin, inputs_of(example, "export")) as given:
+            return Captured(torch.export.export(twin, given.args, given.kwargs, strict=False), twin)
     except BitwrightError:
         raise
     except Exception as error:

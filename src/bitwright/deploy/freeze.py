@@ -49,7 +49,7 @@ from bitwright.prepare import quant_layers, quantizers
 from bitwright.wrappers import unwrap
 
 
-def freeze(model: nn.Module, example: Tensor) -> nn.Module:
+def freeze(model: nn.Module, example: Any) -> nn.Module:
     """A deep copy of `model` in its frozen integer form, on the CPU, in evaluation mode.
 
     BatchNorms that alone follow a convolution or linear layer are folded into its scales and bias; every
@@ -58,7 +58,7 @@ def freeze(model: nn.Module, example: Tensor) -> nn.Module:
 
     Args:
         model: prepared, and calibrated or loaded; it is not changed.
-        example: one input batch, used to capture the graph.
+        example: one input batch, as `calibrate` takes them, used to capture the graph.
 
     Raises:
         BitwrightError: nothing is quantized, a quantizer is not calibrated, the graph cannot be captured, or a
@@ -67,7 +67,7 @@ def freeze(model: nn.Module, example: Tensor) -> nn.Module:
     model = unwrap(model)
     check_ready(model)
     twin = copy.deepcopy(model).cpu().eval()
-    plans = layer_plans(twin, captured(twin, example_of(example, "freeze").cpu()))
+    plans = layer_plans(twin, captured(twin, example_of(example, "freeze").mapped(Tensor.cpu)))
     replaced: dict[int, nn.Module] = {}
     for name, layer in quant_layers(twin).items():
         plan = plans.get(name, Plan(None))

@@ -29,7 +29,7 @@ from bitwright.wrappers import unwrap
 
 
 @torch.no_grad()
-def snap_biases(model: nn.Module, example: Tensor) -> int:
+def snap_biases(model: nn.Module, example: Any) -> int:
     """Move biases and scales of the training form to where the deployed network has them, in place.
 
     Integer runtimes add a convolution's bias as int32 at the step input scale * weight scale. Rounding it only in
@@ -42,7 +42,7 @@ def snap_biases(model: nn.Module, example: Tensor) -> int:
     Args:
         model: prepared and calibrated. Scales move by half a percent at 2 bits and less above; the bias of a BatchNorm
             (its running mean where it has none) or of the layer itself by at most half a step.
-        example: one input batch, used to capture the graph.
+        example: one input batch, as `calibrate` takes them, used to capture the graph.
 
     Returns:
         How many layers' biases are on the grid of an accumulator.
@@ -52,7 +52,7 @@ def snap_biases(model: nn.Module, example: Tensor) -> int:
     """
     model = unwrap(model)
     check_ready(model)
-    graph = captured(model, example_of(example, "snap_biases").to(device_of(model)))
+    graph = captured(model, example_of(example, "snap_biases").mapped(lambda t: t.to(device_of(model))))
     part_ties(model, graph)
     plans = layer_plans(model, graph)
     count = 0

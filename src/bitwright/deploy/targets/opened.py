@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitwright.batches import Inputs
 from bitwright.deploy.builder import container_zero
 from bitwright.deploy.integer import InputCodes, IntLayer
 from bitwright.deploy.probe import code_tensors
@@ -19,13 +20,13 @@ from bitwright.layers.output import detach_output
 class Network:
     """The network that a file should be.
 
-    training: the model as trained. frozen: its integer form. example: one image. layers: weight layers of the frozen
+    training: the model as trained. frozen: its integer form. example: one sample. layers: weight layers of the frozen
     form, by name, as it executes them. calls: how often each input quantizer runs. codes: those quantizers.
     """
 
     training: nn.Module
     frozen: nn.Module
-    example: Tensor
+    example: Inputs
     layers: dict[str, IntLayer]
     calls: dict[str, int]
     codes: dict[str, InputCodes]
@@ -41,7 +42,7 @@ class Opened(Protocol):
     weights: dict[str, Tensor]
     biases: dict[str, Tensor]
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """(logits, codes by quantizer and call; quantizers whose codes cannot be seen are left out)."""
         ...
 
