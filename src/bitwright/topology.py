@@ -11,7 +11,7 @@ from torch import nn
 
 from bitwright.errors import BitwrightError
 from bitwright.flow import Flow, Value, trace
-from bitwright.layers import candidates, is_quantized
+from bitwright.layers import candidates, is_quantized, multiplies
 from bitwright.rules import Rule, resolve, weight_layers
 from bitwright.spec import QuantizerSpec
 from bitwright.wrappers import unwrap
@@ -117,7 +117,7 @@ def readers(value: Value) -> Iterator[str]:
 
 def integer_layers(model: nn.Module, rules: Sequence[Rule] | None) -> Mapping[str, nn.Module]:
     """The layers that will multiply integers, by name: convolutions, linear layers."""
-    layers = {n: m for n, m in candidates(model).items() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)}
+    layers = {n: m for n, m in candidates(model).items() if multiplies(m)}
     if rules is None:
         return layers
     wanted = resolve(model, list(rules))

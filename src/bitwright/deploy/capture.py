@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from bitwright.batches import exportable, inputs_of
 from bitwright.deploy.integer import symbol
 from bitwright.errors import BitwrightError
-from bitwright.layers import QuantBatchNorm2d, QuantConv1d, QuantConv2d, QuantLinear, attach_output, has_output
+from bitwright.layers import QuantBatchNorm2d, QuantConv1d, QuantConv2d, QuantProduct, attach_output, has_output
 from bitwright.layers.reproducible import FoldedNorm
 from bitwright.prepare import quant_layers, quantizers, set_bypass
 from bitwright.quantizer import Quantizer
@@ -196,7 +196,7 @@ def layer_of(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     if axes is None or node.meta["val"].ndim != axes:
         return None
     name = owner_of(node)
-    return name if isinstance(modules.get(name), QuantConv1d | QuantConv2d | QuantLinear) else None
+    return name if isinstance(modules.get(name), QuantConv1d | QuantConv2d | QuantProduct) else None
 
 
 def owner_of(node: fx.Node) -> str:

@@ -30,8 +30,8 @@ from bitwright.layers import (
     QuantConv2dSame,
     QuantEmbedding,
     QuantLayer,
-    QuantLinear,
     QuantMultiheadAttention,
+    QuantProduct,
     SharedInput,
     attach_output,
     quantizer_in,
@@ -204,7 +204,7 @@ def frozen_layer(layer: QuantLayer, name: str, plan: Plan) -> nn.Module:
     if isinstance(layer, QuantConv1d | QuantConv2d):
         same = isinstance(layer, QuantConv2dSame)
         return frozen_weight_layer(layer, name, plan, lambda **f: IntConv(layer, same=same, **f))
-    if isinstance(layer, QuantLinear):
+    if isinstance(layer, QuantProduct):
         return frozen_weight_layer(layer, name, plan, IntLinear)
     if isinstance(layer, QuantEmbedding):
         return frozen_weight_layer(layer, name, plan, IntEmbedding)

@@ -8,7 +8,7 @@ from bitwright.layers.add import Add, QuantAdd
 from bitwright.layers.attention import QuantMultiheadAttention, scaled_dot_product
 from bitwright.layers.base import QuantLayer
 from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
-from bitwright.layers.linear import QuantEmbedding, QuantLinear
+from bitwright.layers.linear import QuantEmbedding, QuantLinear, QuantProduct
 from bitwright.layers.output import (
     OUTPUT,
     SharedInput,
@@ -22,6 +22,7 @@ from bitwright.layers.swap import (
     COMPUTING,
     candidates,
     is_quantized,
+    multiplies,
     quantizable,
     swap,
     target_class,
@@ -45,6 +46,7 @@ __all__ = [
     "QuantLayer",
     "QuantLinear",
     "QuantMultiheadAttention",
+    "QuantProduct",
     "SharedInput",
     "attach_output",
     "candidates",
@@ -52,6 +54,7 @@ __all__ = [
     "has_output",
     "is_quantized",
     "let_wait",
+    "multiplies",
     "quantizable",
     "quantizer_in",
     "scaled_dot_product",

@@ -8,7 +8,7 @@ from bitwright.layers.add import Add, QuantAdd
 from bitwright.layers.attention import QuantMultiheadAttention
 from bitwright.layers.base import QuantLayer
 from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
-from bitwright.layers.linear import QuantEmbedding, QuantLinear
+from bitwright.layers.linear import QuantEmbedding, QuantLinear, QuantProduct
 
 # Layers that compute with weights of their own: where they stay float, the user should know.
 COMPUTING = (
@@ -48,6 +48,16 @@ def timm_class(module: nn.Module) -> type[QuantLayer] | None:
     return None
 
 
+def transformers_class(module: nn.Module) -> type[QuantLayer] | None:
+    """The quantized class for a layer of transformers, imported only where the model has brought it."""
+    kind = type(module)
+    if kind.__module__ == "transformers.pytorch_utils" and kind.__name__ == "Conv1D":
+        from bitwright.layers.transformers_linear import QuantTransformersConv1D
+
+        return QuantTransformersConv1D
+    return None
+
+
 def torchvision_class(module: nn.Module) -> type[QuantLayer] | None:
     """The quantized class for a layer of torchvision, imported only where the model has brought it."""
     kind = type(module)
@@ -62,7 +72,7 @@ def target_class(module: nn.Module) -> type[QuantLayer] | None:
     """The quantized class for `module` (its own, if it was swapped), or None where there is none."""
     if isinstance(module, QuantLayer):
         return type(module)
-    found = SWAPS.get(type(module)) or timm_class(module) or torchvision_class(module)
+    found = SWAPS.get(type(module)) or timm_class(module) or torchvision_class(module) or transformers_class(module)
     return None if found is None or found.refusal(module) else found
 
 
@@ -100,6 +110,12 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, nn.MultiheadAttention) and not quantizable(module):
             found.pop(f"{name}.out_proj" if name else "out_proj", None)
     return found
+
+
+def multiplies(module: nn.Module) -> bool:
+    """Whether `module` is a convolution or linear layer that rules can give quantizers."""
+    kind = target_class(module)
+    return kind is not None and issubclass(kind, QuantConv1d | QuantConv2d | QuantProduct)
 
 
 def is_quantized(module: nn.Module) -> bool:
