@@ -12,7 +12,6 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from bitwright.batches import Inputs
-from bitwright.deploy.builder import QUANTIZER
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.exact_conv import shown
 from bitwright.deploy.integer import DOMAIN, IntEmbedding, IntLayer, IntLinear
@@ -85,9 +84,8 @@ def run_session(
 
 
 def code_tensors(calls: dict[str, int]) -> list[str]:
-    """Names of the tensors that hold the codes of quantizers which run `calls` times."""
-    bare = [(name.removesuffix(QUANTIZER), count) for name, count in calls.items()]
-    return [f"{name}:{i}.codes" if i else f"{name}.codes" for name, count in bare for i in range(count)]
+    """Names of the tensors that hold the codes of quantizers (by label) which run `calls` times."""
+    return [f"{name}:{i}.codes" if i else f"{name}.codes" for name, count in calls.items() for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def probe_graph(proto: onnx.ModelProto, path: Path, layers: dict[str, IntLayer],
     """The graph whose tensors `verify` looks at.
 
     Args:
-        layers: of the frozen form, by name. calls: how often each input quantizer runs.
+        layers: of the frozen form, by name. calls: how often each input quantizer runs, by label.
 
     Raises:
         BitwrightError: a tensor of the frozen form is missing: the file is of another network.

@@ -1,5 +1,8 @@
 """Which layers can be quantized, and the in-place swap."""
 
+import functools
+import inspect
+
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -55,7 +58,18 @@ def transformers_class(module: nn.Module) -> type[QuantLayer] | None:
         from bitwright.layers.transformers_linear import QuantTransformersConv1D
 
         return QuantTransformersConv1D
+    if asks_for_products(kind) and "config" in vars(module):
+        from bitwright.layers.transformers_attention import quantized_class
+
+        return quantized_class(kind)
     return None
+
+
+@functools.cache
+def asks_for_products(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class lets a function of transformers' table compute its attention products."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def torchvision_class(module: nn.Module) -> type[QuantLayer] | None:

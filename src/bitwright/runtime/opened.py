@@ -42,7 +42,7 @@ class NativeFile:
         values = self.session.values(one_tensor(x, "verify: the native runtime").numpy())
         codes = {}
         for name, count in self.network.calls.items():
-            tensors = code_tensors({name: count})
+            tensors = code_tensors({self.network.codes[name].label: count})
             if all(t in values for t in tensors):
                 zero = container_zero(self.network.codes[name])
                 codes[name] = [torch.from_numpy(values[t].astype(np.int16)) - zero for t in tensors]

@@ -117,7 +117,7 @@ class OnnxFile:
         proto = read(path)
         self.path, self.network = path, network
         self.session = open_session(str(path), path, providers)
-        self.graph = probe_graph(proto, path, network.layers, network.calls)
+        self.graph = probe_graph(proto, path, network.layers, network.labels)
         self.probe = open_session(self.graph.proto.SerializeToString(), path, providers)
         wanted = self.graph.wanted
         values = run_session(self.probe, path, wanted, network.example) if wanted else []

@@ -31,6 +31,11 @@ class Network:
     calls: dict[str, int]
     codes: dict[str, InputCodes]
 
+    @property
+    def labels(self) -> dict[str, int]:
+        """`calls` by what a file calls the quantizers."""
+        return {self.codes[name].label: count for name, count in self.calls.items()}
+
 
 class Opened(Protocol):
     """A file in its runtime at default settings.
@@ -61,6 +66,7 @@ def frozen_codes(network: Network, found: dict[str, np.ndarray]) -> dict[str, li
     """Codes by quantizer and call, int16 as in the frozen form, of tensors as a file of ours names and holds them."""
     tensors = {name: torch.from_numpy(k.astype(np.int16)) for name, k in found.items()}
     return {
-        name: [tensors[at] - container_zero(network.codes[name]) for at in code_tensors({name: count})]
+        name: [tensors[at] - container_zero(q) for at in code_tensors({q.label: count})]
         for name, count in network.calls.items()
+        for q in (network.codes[name],)
     }

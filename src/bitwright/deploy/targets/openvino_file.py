@@ -149,7 +149,7 @@ class OpenVinoFile:
     def __init__(self, path: Path, network: Network):
         runtime()
         self.network = network
-        self.graph = probe_graph(read(path), path, network.layers, network.calls)
+        self.graph = probe_graph(read(path), path, network.layers, network.labels)
         self.model = compiled(path.read_bytes(), path)
         self.probe = compiled(self.graph.proto.SerializeToString(), path)
         found = self.outputs(one_tensor(network.example, "verify: target openvino"))

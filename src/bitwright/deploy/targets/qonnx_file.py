@@ -20,7 +20,6 @@ from onnx import NodeProto, helper
 from torch import Tensor, nn
 
 from bitwright.batches import Inputs, one_tensor
-from bitwright.deploy.builder import QUANTIZER
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
@@ -60,7 +59,7 @@ class QonnxLowering(Lowering):
         self, codes: InputCodes, x: str, *, integer: bool = True, pads: list[int] | None = None, mode: str = ""
     ) -> str:
         del integer
-        name = codes.name.removesuffix(QUANTIZER)
+        name = codes.label
         at = self.call(name)
         if not codes.shared:
             x = self.quant(x, f"{at}.codes", codes.scale.numpy(), float(codes.zero[0]), codes.bits, codes.lo < 0)
@@ -179,7 +178,7 @@ class QonnxFile:
         runtime()
         proto = read(path)
         self.network, self.executor = network, Executor(proto, path)
-        graph = probe_graph(proto, path, network.layers, network.calls)
+        graph = probe_graph(proto, path, network.layers, network.labels)
         found = self.executor.run(one_tensor(network.example, "verify: target qonnx"))
         constants = {name: torch.from_numpy(np.array(found[name])) for name in graph.wanted}
         self.weights, self.biases = frozen_weights(graph, network.layers, constants)
@@ -189,6 +188,6 @@ class QonnxFile:
         codes = {}
         for name, count in self.network.calls.items():
             q = self.network.codes[name]
-            values = [torch.from_numpy(found[at]).double() for at in code_tensors({name: count})]
+            values = [torch.from_numpy(found[at]).double() for at in code_tensors({q.label: count})]
             codes[name] = [(v / q.scale.double() + q.zero.double()).round().to(torch.int16) for v in values]
         return torch.from_numpy(found["logits"].copy()), codes
