@@ -147,11 +147,17 @@ def test_what_has_no_quantized_form_is_said(arguments: dict[str, Any], said: str
         layer(torch.randn(3, 7, 16), **arguments)
 
 
-def test_bert_is_deployed(tmp_path) -> None:
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_bert_is_deployed(reproducible: bool, tmp_path) -> None:
     model, _, batch = made("bert")
+    if reproducible:
+        bw.make_reproducible(model)
     bw.snap_biases(model, batch)
     bw.export(model, tmp_path / "bert.onnx", batch)
     report = bw.verify(model, tmp_path / "bert.onnx", [batch | {"labels": torch.zeros(3, dtype=torch.long)}])
     assert report.ok, report.first_difference
     names = {row["name"] for row in report.rows()}
     assert {f"bert.encoder.layer.0.attention.self.{part}" for part in ("query", "query_quantizer")} <= names
+    if reproducible:
+        assert report.logit_difference < 1e-5
+        assert report.clean_images == 3

@@ -17,9 +17,16 @@ from bitwright.layers.reproducible import (
     ReproducibleLayerNorm,
     ReproducibleLayerNorm2d,
     ReproduciblePool,
+    ReproducibleTransformersGELU,
 )
 
-KINDS = {ReproducibleLayerNorm: NORM, ReproducibleLayerNorm2d: NORM, ReproducibleGELU: GELU, ReproduciblePool: POOL}
+KINDS = {
+    ReproducibleLayerNorm: NORM,
+    ReproducibleLayerNorm2d: NORM,
+    ReproducibleGELU: GELU,
+    ReproducibleTransformersGELU: GELU,
+    ReproduciblePool: POOL,
+}
 
 
 def stand_for(module: Any, x: Tensor) -> Tensor:

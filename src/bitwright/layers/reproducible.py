@@ -58,6 +58,12 @@ class ReproducibleGELU(Reproducible, QuantGELU):
         return kernels.gelu(input)
 
 
+class ReproducibleTransformersGELU(ReproducibleGELU):
+    """transformers' `GELUActivation`, which has no attributes of torch's."""
+
+    approximate = "none"
+
+
 class FoldedNorm:
     """A BatchNorm that evaluates, behind a reproducible layer, what the deployed network has in its place."""
 
@@ -106,6 +112,8 @@ def reproducible_class(module: nn.Module) -> type[Any] | None:
         return ReproducibleBatchNormAct2d
     if kind is nn.AdaptiveAvgPool2d:
         return ReproduciblePool if module.output_size in (1, (1, 1)) else None
+    if (kind.__module__, kind.__name__) == ("transformers.activations", "GELUActivation"):
+        return ReproducibleTransformersGELU
     return ReproducibleGELU if kind in (nn.GELU, QuantGELU) and module.approximate == "none" else None  # pyright: ignore
 
 
