@@ -72,11 +72,13 @@ def placeholder_graph(frozen: nn.Module, example: Inputs) -> onnx.ModelProto:
 
 
 def free_axes(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """The axes that a file leaves free, as `torch.export` takes them: samples."""
+    """The axes that a file leaves free where the network can, as `torch.export` takes them: samples, and tokens."""
     rows = inputs.rows
 
     def axes(t: Tensor) -> dict[int, Any] | None:
-        return {0: torch.export.Dim.AUTO} if t.ndim and len(t) == rows else None
+        tokens = t.ndim == 2 and not t.is_floating_point()  # indices of words, and their masks
+        count = (2 if tokens else 1) if t.ndim and len(t) == rows else 0
+        return {i: torch.export.Dim.AUTO for i in range(count)} or None
 
     bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
     return tree_map(lambda t: axes(t) if isinstance(t, Tensor) else None, dict(bound))
