@@ -292,6 +292,16 @@ class IntLinear(IntLayer):
 class IntEmbedding(IntLayer):
     """A table of codes; rows are looked up as integers and scaled afterwards."""
 
+    @property
+    def num_embeddings(self) -> int:
+        """How many rows, for models that ask."""
+        return self.numbers.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Features of a row, for models that ask."""
+        return self.numbers.shape[1]
+
     def forward(self, index: Tensor) -> Tensor:
         """Integer indices (...) to float32 (..., features)."""
         if self.placeholder:
