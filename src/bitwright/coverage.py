@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bitwright.batches import inputs_of
 from bitwright.calibrate import evaluating
 from bitwright.errors import BitwrightError
-from bitwright.layers import COMPUTING, Add, QuantLayer, candidates, why_not
+from bitwright.layers import COMPUTING, Add, QuantLayer, candidates, has_products, why_not
 from bitwright.prepare import quantizers
 from bitwright.quantizer import Quantizer
 from bitwright.wrappers import unwrap
@@ -101,8 +101,8 @@ def stayed_float(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether `module` is an attention layer, or one around it, by the name of its class."""
-    return type(module).__name__.endswith("Attention")
+    """Whether `module` is an attention layer, or one around it, by its class."""
+    return type(module).__name__.endswith("Attention") or has_products(type(module))
 
 
 def require_complete(result: Coverage) -> None:

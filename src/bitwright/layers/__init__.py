@@ -21,6 +21,8 @@ from bitwright.layers.output import (
 from bitwright.layers.swap import (
     COMPUTING,
     candidates,
+    float_products,
+    has_products,
     is_quantized,
     multiplies,
     quantizable,
@@ -51,7 +53,9 @@ __all__ = [
     "attach_output",
     "candidates",
     "detach_output",
+    "float_products",
     "has_output",
+    "has_products",
     "is_quantized",
     "let_wait",
     "multiplies",

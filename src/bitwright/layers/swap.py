@@ -66,6 +66,19 @@ def transformers_class(module: nn.Module) -> type[QuantLayer] | None:
 
 
 @functools.cache
+def has_products(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class computes attention products, by torch's function or by a softmax of its own."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    names = () if code is None else code.co_names
+    return "scaled_dot_product_attention" in names or ("softmax" in names and kind.__name__.endswith("Attention"))
+
+
+def float_products(model: nn.Module) -> list[str]:
+    """Names of layers that compute attention products which have no quantized form."""
+    return [n for n, m in model.named_modules() if has_products(type(m)) and not quantizable(m)]
+
+
+@functools.cache
 def asks_for_products(kind: type[nn.Module]) -> bool:
     """Whether the forward of a class lets a function of transformers' table compute its attention products."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
@@ -104,7 +117,7 @@ def why_not(module: nn.Module) -> str:
         if type(module).forward is base.forward:
             return f"it cannot be quantized: {base.__name__} itself is, not classes that derive from it"
         return f"it cannot be quantized: its class is a {base.__name__} with a forward of its own"
-    if type(module).__name__.endswith("Attention"):
+    if type(module).__name__.endswith("Attention") or has_products(type(module)):
         return "its products have no quantized form"
     return "layers of this class have no quantized form"
 

@@ -74,7 +74,7 @@ def refuse_attention(frozen: nn.Module) -> None:
         if products or isinstance(module, IntMultiheadAttention) or hasattr(module, "attend"):
             raise BitwrightError(
                 f"{name.removesuffix('.products')}: target packed keeps no quantized attention; "
-                "leave the attention layer out of the rules, or use target onnx"
+                "give the attention layer a rule with weight, input and attention None, or use target onnx"
             )
 
 
