@@ -3,15 +3,18 @@
     python examples/hugging_face.py
 
 The weights here are random and the data is noise; put `from_pretrained` and your own batches in their place. The lines
-marked (bitwright) are all that is new.
+marked (bitwright) are all that is new. Needs transformers and torchvision.
 """
 
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification
 
 import bitwright as bw  # (bitwright)
+from bitwright.training.vision import import_torchvision
+
+import_torchvision()  # which transformers imports
+from transformers import BertConfig, BertForSequenceClassification  # noqa: E402
 
 
 def main(file: str | Path = "bert.onnx", batches: int = 20, layers: int = 2) -> bool:

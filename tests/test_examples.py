@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import bitwright as bw
-from bitwright.training.vision import import_torchvision
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -46,7 +45,6 @@ def test_a_loop_of_ones_own_needs_at_most_five_lines(monkeypatch):
 
 def test_a_hugging_face_model(tmp_path):
     pytest.importorskip("transformers")
-    import_torchvision()  # which transformers imports
     torch.manual_seed(0)
     assert load("hugging_face").main(tmp_path / "bert.onnx", batches=4, layers=1)
     graph = onnx.load(str(tmp_path / "bert.onnx")).graph
