@@ -2,13 +2,16 @@
 
 from collections import UserDict
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bitwright as bw
-from bitwright.batches import each_batch, example_of, inputs_of, output_of
+from bitwright.batches import each_batch, example_of, inputs_of, one_tensor, output_of
+from bitwright.costs import cost_table
+from bitwright.deploy.probe import fed
 from bitwright.errors import BitwrightError
 
 
@@ -95,24 +98,73 @@ def test_what_holds_no_batches(batches: object) -> None:
         list(each_batch(batches, "calibrate"))  # pyright: ignore[reportArgumentType]
 
 
-def test_an_example_is_one_tensor_without_a_gradient() -> None:
+def test_an_example_has_no_gradient_and_no_labels() -> None:
     x = torch.ones(2, 3, requires_grad=True)
     found = example_of((x, torch.zeros(2)), "export")
-    assert torch.equal(found, x)
-    assert not found.requires_grad
-    with pytest.raises(BitwrightError, match=r"^export: takes models of one tensor in, not of 2 inputs; wrap"):
-        example_of(((x, x), torch.zeros(2)), "export")
+    assert torch.equal(found.args[0], x)
+    assert not found.args[0].requires_grad
+    assert list(example_of({"left": x, "labels": x}, "export").kwargs) == ["left"]
+    with pytest.raises(BitwrightError, match=r"^verify: takes models of one tensor in, not of 2 inputs; wrap"):
+        one_tensor(inputs_of(((x, x), torch.zeros(2)), "verify"), "verify")
     with pytest.raises(BitwrightError, match=r"not of 2 inputs, left, right; wrap"):
-        example_of({"left": x, "right": x}, "export")
+        one_tensor(inputs_of({"left": x, "right": x}, "verify"), "verify")
 
 
 def test_the_only_tensor_of_an_output() -> None:
     x = torch.ones(2)
-    for output in (x, {"logits": x}, (x,), {"logits": x, "loss": None}):
+    for output in (x, {"logits": x}, (x,), {"logits": x, "loss": None}, {"loss": torch.ones(1), "logits": x}):
         assert output_of(output, "verify") is x
     for output in ({"a": x, "b": x}, (), None):
-        with pytest.raises(BitwrightError, match=r"^verify: takes models of one tensor out; this one gives a \w+"):
+        with pytest.raises(BitwrightError, match=r"^verify: takes models of one tensor out, .*; this one gives a \w+"):
             output_of(output, "verify")
+    with pytest.raises(BitwrightError, match=r"a dict with 2 \(a, b\); wrap the model"):
+        output_of({"a": x, "b": x}, "verify")
+
+
+class Masked(nn.Module):
+    """Reads indices and a mask by name, gives a dict, as Hugging Face's models do; `scale` is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+        x = torch.relu(self.fc(self.table(ids))) * mask[..., None].float() * scale
+        logits = self.head(x.mean(1))
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits, "hidden": x}
+
+
+@pytest.mark.parametrize("form", ["dict", "pair"])
+def test_models_of_several_inputs_are_deployed(form: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    if form == "dict":
+        model, labels = Masked(), torch.randint(3, (6,))
+        batch = {"ids": torch.randint(20, (6, 5)), "mask": torch.randint(2, (6, 5)), "labels": labels, "scale": 2.0}
+        one = {k: v[:1] if isinstance(v, Tensor) else v for k, v in batch.items()}
+        names = ["ids", "mask"]
+    else:
+        model, batch = Two(), ((torch.randn(6, 6), torch.randn(6, 4)), torch.zeros(6))
+        one, names = ((batch[0][0][:1], batch[0][1][:1]), batch[1][:1]), ["left", "right"]
+    bw.prepare(model, bw.rules("w4a4") + bw.topology(model, batch))
+    bw.calibrate(model, [batch]).eval()
+    bw.snap_biases(model, one)
+    assert bw.export(model, tmp_path / "m.onnx", one).dynamic_batch
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+    assert [i.name for i in session.get_inputs()] == names
+    free = ["batch", "tokens"] if form == "dict" else ["batch"]
+    assert all([n for n in i.shape if isinstance(n, str)] == free for i in session.get_inputs())
+    other = {**batch, "ids": batch["ids"][:, :3], "mask": batch["mask"][:, :3]} if isinstance(batch, dict) else batch
+    found = bw.verify(model, tmp_path / "m.onnx", [batch, other])  # as many tokens as there are
+    assert found.ok, found.first_difference
+    assert found.images == 12
+    assert cost_table(model, batch).size_bytes > 0
+    bw.export(model, tmp_path / "m.safetensors", batch, target="packed")
+    assert bw.verify(model, tmp_path / "m.safetensors", [batch]).ok
+    with pytest.raises(BitwrightError, match=r"m.onnx: the file reads \w+, \w+; the batch has a tensor$"):
+        fed(session, tmp_path / "m.onnx", inputs_of(torch.zeros(2, 5), "verify"))
+    with pytest.raises(BitwrightError, match=r"^export: target openvino: takes models of one tensor in, not of"):
+        bw.export(model, tmp_path / "m.xml", batch, target="openvino")
 
 
 def test_a_gradient_of_the_example_is_nobodys_business(tmp_path) -> None:

@@ -5,6 +5,8 @@ import math
 import re
 from pathlib import Path
 
+import onnx
+import pytest
 import torch
 
 import bitwright as bw
@@ -39,6 +41,15 @@ def test_a_loop_of_ones_own_needs_at_most_five_lines(monkeypatch):
     with torch.no_grad():
         codes = seen["model"].layer2[0].conv1.weight_quantizer.integer_codes(seen["model"].layer2[0].conv1.weight)
     assert codes.unique().numel() <= 16
+
+
+def test_a_hugging_face_model(tmp_path):
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    assert load("hugging_face").main(tmp_path / "bert.onnx", batches=4, layers=1)
+    graph = onnx.load(str(tmp_path / "bert.onnx")).graph
+    free = {i.name: [d.dim_param for d in i.type.tensor_type.shape.dim] for i in graph.input}
+    assert free == {"input_ids": ["batch", "tokens"], "attention_mask": ["batch", "tokens"]}
 
 
 def test_the_readmes_five_lines_run(tmp_path, monkeypatch):

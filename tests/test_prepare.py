@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.layers import without_form
+from bitwright.layers import why_not, without_form
 from bitwright.prepare import warn_once
 from bitwright.rules import Rule
 
@@ -135,6 +135,28 @@ def test_layers_without_a_quantized_form_are_named_once_in_the_log(caplog: pytes
     caplog.clear()
     bw.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), bw.rules("w4a4"))
     assert not caplog.records
+
+
+class OwnAttention(nn.Module):
+    """Calls torch's function for its products, which nothing quantizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+
+
+def test_attention_products_that_stay_float_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    warn_once.cache_clear()
+    model = bw.prepare(nn.Sequential(OwnAttention(), nn.MultiheadAttention(8, 2), OwnAttention()), bw.rules("w4a4"))
+    assert [r.message for r in caplog.records] == [
+        "bitwright: attention products of 2 OwnAttention stay float (0, 2): those of nn.MultiheadAttention and of "
+        "torchvision's, timm's and transformers' models have a quantized form"
+    ]
+    assert type(model[0].qkv).__name__ == "QuantLinear"  # pyright: ignore
+    assert why_not(OwnAttention()) == "its products have no quantized form"
 
 
 def test_why_a_layer_stays_float() -> None:

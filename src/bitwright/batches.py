@@ -1,6 +1,8 @@
 """What a batch may be, wherever the library runs a model on data of the user's."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +37,16 @@ class Inputs(NamedTuple):
 
         return Inputs(tuple(one(v) for v in self.args), {k: one(v) for k, v in self.kwargs.items()})
 
+    @property
+    def rows(self) -> int:
+        """How many samples: the length of the first tensor that has an axis."""
+        return next((len(t) for t in self.tensors if t.ndim), 1)
+
+    def by_row(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        """The same with every tensor changed that has one row per sample."""
+        rows = self.rows
+        return self.mapped(lambda t: change(t) if t.ndim and len(t) == rows else t)
+
     def run(self, model: nn.Module) -> Any:
         """`model` called with them, on its device."""
         there = self.mapped(lambda t: t.to(device_of(model)))
@@ -58,6 +70,8 @@ def inputs_of(batch: Any, who: str) -> Inputs:
     Raises:
         BitwrightError: it is something else, or holds no tensor.
     """
+    if isinstance(batch, Inputs):
+        return batch
     found = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if isinstance(found, Mapping):
         inputs = Inputs((), {str(k): as_tensor(v) for k, v in found.items()})
@@ -95,23 +109,59 @@ def one_tensor(inputs: Inputs, who: str) -> Tensor:
     return inputs.args[0]
 
 
-def example_of(example: Any, who: str) -> Tensor:
-    """An example input: one tensor, without its gradient; see `inputs_of` and `one_tensor`."""
-    return one_tensor(inputs_of(example, who), who).detach()
+def example_of(example: Any, who: str) -> Inputs:
+    """An example input, without gradients and without labels; see `inputs_of` and `deployed`."""
+    return deployed(inputs_of(example, who)).mapped(Tensor.detach)
+
+
+def deployed(inputs: Inputs) -> Inputs:
+    """What a deployed network reads: a dict's `labels`, from which Hugging Face's models take their loss, are not."""
+    return inputs._replace(kwargs={k: v for k, v in inputs.kwargs.items() if k != "labels"})
 
 
 def output_of(output: Any, who: str) -> Tensor:
-    """The tensor that a model puts out, alone or as the only one in a dict, tuple or dataclass.
+    """The tensor that a model puts out: alone, a dict's or dataclass's `logits`, or the only one in a tuple or dict.
 
     Raises:
         BitwrightError: there is none, or more than one.
     """
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
     found = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
     if len(found) != 1:
+        names = [str(k) for k, v in output.items() if isinstance(v, Tensor)] if isinstance(output, Mapping) else []
+        said = f" ({', '.join(names)})" if names else ""
         raise BitwrightError(
-            f"{who}: takes models of one tensor out; this one gives {described(output)} with {len(found)}"
+            f"{who}: takes models of one tensor out, or of one named logits; this one gives {described(output)} with "
+            f"{len(found)}{said}; wrap the model in a module that returns one"
         )
     return found[0]
+
+
+@contextmanager
+def exportable(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
+    """What torch's exporters can call: `model` puts out its one tensor (see `output_of`; all it has, where that is
+    several), and of `inputs` the tensors alone are left; the other arguments are constants meanwhile.
+    """
+    own, forward = vars(model).get("forward"), model.forward
+    constants = {k: v for k, v in inputs.kwargs.items() if not isinstance(v, Tensor)}
+
+    @functools.wraps(forward)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **{**constants, **kwargs})
+        try:
+            return output_of(output, "export")
+        except BitwrightError:
+            return output
+
+    model.forward = alone
+    try:
+        yield inputs._replace(kwargs={k: v for k, v in inputs.kwargs.items() if k not in constants})
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 def as_tensor(value: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bitwright.batches import inputs_of
 from bitwright.calibrate import evaluating
 from bitwright.errors import BitwrightError
-from bitwright.layers import COMPUTING, Add, QuantLayer, candidates, why_not
+from bitwright.layers import COMPUTING, Add, QuantLayer, candidates, has_products, why_not
 from bitwright.prepare import quantizers
 from bitwright.quantizer import Quantizer
 from bitwright.wrappers import unwrap
@@ -83,9 +83,10 @@ def remembering(quantizer: Quantizer, name: str, called: set[str], way: Callable
 def stayed_float(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
     """(names of layers without any quantizer, why by name for those that cannot have one)."""
     able = candidates(model)
+    products = [n for n, m in able.items() if is_attention(m)]
     left, notes = [], {}
     for name, module in model.named_modules():
-        attention = type(module).__name__.endswith("Attention") and name not in able
+        attention = is_attention(module) and not any(n == name or n.startswith(name + ".") for n in products)
         if isinstance(module, QuantLayer):
             # Attention whose products stay float may well have quantized projections.
             if not module.quantizers() and not module.reads:
@@ -97,6 +98,11 @@ def stayed_float(model: nn.Module) -> tuple[tuple[str, ...], dict[str, str]]:
             if name not in able:
                 notes[name] = f"a {type(module).__name__}: {why_not(module)}"
     return tuple(left), notes
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether `module` is an attention layer, or one around it, by its class."""
+    return type(module).__name__.endswith("Attention") or has_products(type(module))
 
 
 def require_complete(result: Coverage) -> None:

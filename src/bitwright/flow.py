@@ -93,22 +93,24 @@ class Flow(TorchFunctionMode):
         return [name for name in value.modules if self.calls[name] == 1]
 
 
-def trace(model: nn.Module, example: Tensor) -> Flow:
+def trace(model: nn.Module, example: Any) -> Flow:
     """The values of one forward pass in evaluation mode; the model is left as it was.
 
     Args:
         model: float. example: an input batch; its first sample is used.
     """
     flow = Flow()
-    x = example_of(example, "topology")[:1].to(device_of(model)).clone()
-    flow.add(x, Value("input", "", ()))
+    inputs = example_of(example, "topology").by_row(lambda t: t[:1])
+    inputs = inputs.mapped(lambda t: t.to(device_of(model)).clone())
+    for x in inputs.tensors:
+        flow.add(x, Value("input", "", ()))
     hooks: list[Any] = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, n=name: flow.enter(n)))
         hooks.append(module.register_forward_hook(lambda _m, _a, out, n=name: flow.leave(n, out)))
     try:
         with evaluating(model), torch.no_grad(), flow:
-            out = model(x)
+            out = model(*inputs.args, **inputs.kwargs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -17,6 +17,7 @@ from bitwright.layers import (
     SharedInput,
     attach_output,
     detach_output,
+    float_products,
     has_output,
     is_quantized,
     let_wait,
@@ -91,15 +92,28 @@ def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
 
 
 def say_what_stays_float(model: nn.Module) -> None:
-    """One line in the log for layers with weights that have no quantized form, whatever the rules say."""
+    """A line in the log for layers with weights that have no quantized form, whatever the rules say, and one for
+    attention whose products have none.
+    """
     left = without_form(model)
-    if not left:
-        return
-    kinds = Counter(type(model.get_submodule(name)).__name__ for name in left)
-    names, reason = list(left), next(iter(left.values()))
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    if left:
+        counts, shown = in_words(model, list(left))
+        reason = next(iter(left.values()))
+        warn_once(f"bitwright: {counts} stay float ({shown}): {reason}; bitwright.coverage lists all")
+    products = [name for name in float_products(model) if name not in left]
+    if products:
+        counts, shown = in_words(model, products)
+        warn_once(
+            f"bitwright: attention products of {counts} stay float ({shown}): those of nn.MultiheadAttention and of "
+            "torchvision's, timm's and transformers' models have a quantized form"
+        )
+
+
+def in_words(model: nn.Module, names: list[str]) -> tuple[str, str]:
+    """(how many layers of which class, the first names)."""
+    kinds = Counter(type(model.get_submodule(name)).__name__ for name in names)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    warn_once(f"bitwright: {counts} stay float ({shown}): {reason}; bitwright.coverage lists all")
+    return counts, ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 @functools.cache

@@ -7,11 +7,11 @@ read by anything but one input quantizer. Integer kernels write integers: they n
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from bitwright.errors import BitwrightError
 from bitwright.flow import Flow, Value, trace
-from bitwright.layers import candidates, is_quantized
+from bitwright.layers import candidates, is_quantized, multiplies
 from bitwright.rules import Rule, resolve, weight_layers
 from bitwright.spec import QuantizerSpec
 from bitwright.wrappers import unwrap
@@ -31,7 +31,7 @@ ADDITIONS = {"add", "__add__", "__radd__", "__iadd__"}
 
 def topology(
     model: nn.Module,
-    example: Tensor,
+    example: Any,
     kind: Topology = "res8",
     *,
     rules: Sequence[Rule] | None = None,
@@ -45,7 +45,7 @@ def topology(
 
     Args:
         model: float; it runs once, in evaluation mode, and is not changed.
-        example: an input batch; its first sample is used.
+        example: an input batch, as `calibrate` takes them; its first sample is used.
         kind: "fpres": none, sums are float. "res8" (default): 8-bit quantizers on the output of every convolution
             (behind its norm and activation) that is not read by one input quantizer alone, and on every sum of such
             outputs. "shared": as res8, but a tensor that convolutions or linear layers read is quantized once, at
@@ -117,7 +117,7 @@ def readers(value: Value) -> Iterator[str]:
 
 def integer_layers(model: nn.Module, rules: Sequence[Rule] | None) -> Mapping[str, nn.Module]:
     """The layers that will multiply integers, by name: convolutions, linear layers."""
-    layers = {n: m for n, m in candidates(model).items() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)}
+    layers = {n: m for n, m in candidates(model).items() if multiplies(m)}
     if rules is None:
         return layers
     wanted = resolve(model, list(rules))

@@ -51,6 +51,8 @@ def test_refusals_are_one_line(pair, tmp_path):
     (tmp_path / "broken.onnx").write_bytes(path.read_bytes()[:500])
     with pytest.raises(BitwrightError, match="is damaged"):
         bench(tmp_path / "broken.onnx", model, torch.randn(1, 3, 8, 8))
+    with pytest.raises(BitwrightError, match="bench: takes models of one tensor in, not of 2 inputs, a, b"):
+        bench(path, model, {"a": torch.randn(1, 3, 8, 8), "b": torch.randn(1, 3, 8, 8)})
     with pytest.raises(BitwrightError, match="at least 1 thread and 2 runs"):
         bench(path, model, torch.randn(1, 3, 8, 8), threads=0)
     with pytest.raises(BitwrightError, match=r"onnxruntime cannot run it on this input|failed"):

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bitwright.batches import device_of, example_of
+from bitwright.batches import example_of
 from bitwright.calibrate import evaluating
 from bitwright.prepare import quantizers
 
@@ -60,7 +60,7 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def count_macs(model: nn.Module, example: Tensor) -> dict[str, Macs]:
+def count_macs(model: nn.Module, example: Any) -> dict[str, Macs]:
     """Multiply-accumulates of one sample by the dotted name of the module that computes.
 
     The model runs once in evaluation mode with every quantizer bypassed, so it need not be calibrated; fused attention
@@ -83,7 +83,7 @@ def count_macs(model: nn.Module, example: Tensor) -> dict[str, Macs]:
         torch.backends.mha.set_fastpath_enabled(False)
         eager = torch.compiler.set_stance("force_eager")
         with eager, evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model(example_of(example, "cost")[:1].to(device_of(model)))
+            example_of(example, "cost").by_row(lambda t: t[:1]).run(model)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for quantizer, bypass in bypassed:

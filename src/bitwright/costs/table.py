@@ -10,7 +10,7 @@ from bitwright.costs.bitops import FLOAT_BITS, bitops
 from bitwright.costs.latency import LatencyTable, entry_for
 from bitwright.costs.macs import Macs, count_macs
 from bitwright.costs.size import FLOAT_BYTES, size_bytes
-from bitwright.layers import QuantLayer, quantizer_in
+from bitwright.layers import QuantLayer, multiplies, quantizer_in
 from bitwright.prepare import quantizers
 from bitwright.quantizer import Quantizer
 from bitwright.rules import weight_layers
@@ -105,7 +105,7 @@ class CostTable:
 
 
 def cost_table(
-    model: nn.Module, example: Tensor, *, classifier_float: bool = False, latencies: LatencyTable | None = None
+    model: nn.Module, example: Any, *, classifier_float: bool = False, latencies: LatencyTable | None = None
 ) -> CostTable:
     """BitOPs and size of `model` at its present bits.
 
@@ -149,7 +149,9 @@ def main_weights(module: nn.Module) -> Iterator[Tensor]:
     """The matrices that a layer multiplies with, or looks up: not its bias, nor tokens and position tables."""
     if isinstance(module, nn.MultiheadAttention):
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.Bilinear | nn.Embedding | nn.EmbeddingBag):
+    elif isinstance(
+        module, nn.modules.conv._ConvNd | nn.Linear | nn.Bilinear | nn.Embedding | nn.EmbeddingBag
+    ) or multiplies(module):
         names = ("weight",)
     else:
         names = ()

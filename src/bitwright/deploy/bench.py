@@ -19,6 +19,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from bitwright.batches import example_of, one_tensor
 from bitwright.deploy.capture import first_line, quiet_export
 from bitwright.deploy.operators import operator_shares
 from bitwright.deploy.packing import OPSET
@@ -87,7 +88,7 @@ class BenchReport:
 def bench(
     path: str | Path,
     float_model: nn.Module,
-    example: Tensor,
+    example: Any,
     threads: int = 1,
     *,
     runs: int = 30,
@@ -112,10 +113,11 @@ def bench(
         raise BitwrightError(f"bench: threads={threads}, runs={runs}; at least 1 thread and 2 runs are needed")
     path = Path(path)
     opener_of(path, target_of(path), runtime)
-    x = {"input": example.cpu().numpy()}
+    images = one_tensor(example_of(example, "bench"), "bench").cpu()
+    x = {"input": images.numpy()}
     with tempfile.TemporaryDirectory() as folder:
         partner, static = Path(folder) / "float.onnx", Path(folder) / "static.onnx"
-        partner.write_bytes(float_onnx(float_model, example.cpu()))
+        partner.write_bytes(float_onnx(float_model, images))
         try:
             ours = native(path, threads) if runtime == "native" else in_onnxruntime(path, threads, Path(folder))
             calls = [functools.partial(ours.run, x["input"]), run_of(session(partner, threads, None)[0], x)]
@@ -137,7 +139,7 @@ def bench(
         ratio=middle(times[0], times[1]),
         static_ratio=middle(times[0], times[2]) if len(times) > 2 else None,
         operators=operators,
-        batch=example.shape[0],
+        batch=len(images),
         threads=threads,
         runs=runs,
         integer_kernels=ours.integer_kernels,

@@ -10,7 +10,6 @@ from torch import Tensor
 from bitwright.deploy.integer import InputCodes
 
 # `stem.input_quantizer` is `stem.input` in the file.
-QUANTIZER = "_quantizer"
 PAD_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
@@ -100,7 +99,7 @@ class GraphBuilder:
         With `integer` a runtime may compute on the codes; without, or where the zero points are no codes, nothing in
         the graph says that the tensor was quantized (onnxruntime would then quantize a float weight on its own).
         """
-        name = codes.name.removesuffix(QUANTIZER)
+        name = codes.label
         at = self.call(name)
         if codes.shared:
             return x if pads is None else self.padded(x, pads, mode, at)
@@ -136,7 +135,7 @@ class GraphBuilder:
     def input_scale(self, codes: InputCodes) -> str:
         """The scales of a quantizer, () or (channels,)."""
         values = codes.scale.numpy()
-        name = f"{codes.name.removesuffix(QUANTIZER)}.scale"
+        name = f"{codes.label}.scale"
         return self.constant(name, values.reshape(()) if codes.per_tensor else values)
 
     def zero_point(self, codes: InputCodes, base: int) -> str:
@@ -145,7 +144,7 @@ class GraphBuilder:
         if codes.per_tensor:
             return self.scalar(int(zero[0]), np.uint8)
         values = np.broadcast_to(zero, codes.scale.shape).astype(np.uint8)
-        return self.constant(f"{codes.name.removesuffix(QUANTIZER)}.zero_point", values)
+        return self.constant(f"{codes.label}.zero_point", values)
 
     def spread(self, codes: InputCodes, t: Tensor, what: str) -> str:
         """Per-channel numbers of a quantizer shaped to broadcast against its tensor."""
@@ -153,7 +152,7 @@ class GraphBuilder:
         if values.size == 1:
             return self.scalar(float(values.reshape(-1)[0]), np.float32)
         values = values.reshape(-1, *[1] * (-codes.axis - 1))
-        return self.constant(f"{codes.name.removesuffix(QUANTIZER)}.{what}_spread", values)
+        return self.constant(f"{codes.label}.{what}_spread", values)
 
     def padded(self, x: str, pads: list[int], mode: str, at: str) -> str:
         """`x` padded at its spatial axes."""

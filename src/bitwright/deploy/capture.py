@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bitwright.batches import exportable, inputs_of
 from bitwright.deploy.integer import symbol
 from bitwright.errors import BitwrightError
-from bitwright.layers import QuantBatchNorm2d, QuantConv1d, QuantConv2d, QuantLinear, attach_output, has_output
+from bitwright.layers import QuantBatchNorm2d, QuantConv1d, QuantConv2d, QuantProduct, attach_output, has_output
 from bitwright.layers.reproducible import FoldedNorm
 from bitwright.prepare import quant_layers, quantizers, set_bypass
 from bitwright.quantizer import Quantizer
@@ -110,7 +111,7 @@ class Captured:
     twin: nn.Module
 
 
-def captured(model: nn.Module, example: Tensor) -> Captured:
+def captured(model: nn.Module, example: Any) -> Captured:
     """The graph of a prepared model, which is not changed; `example` is one input batch.
 
     Raises:
@@ -118,8 +119,8 @@ def captured(model: nn.Module, example: Tensor) -> Captured:
     """
     twin = marked(model)
     try:
-        with quiet_export(), torch.no_grad():
-            return Captured(torch.export.export(twin, (example,), strict=False), twin)
+        with quiet_export(), torch.no_grad(), exportable(twin, inputs_of(example, "export")) as given:
+            return Captured(torch.export.export(twin, given.args, given.kwargs, strict=False), twin)
     except BitwrightError:
         raise
     except Exception as error:
@@ -199,7 +200,7 @@ def layer_of(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     if axes is None or node.meta["val"].ndim != axes:
         return None
     name = owner_of(node)
-    return name if isinstance(modules.get(name), QuantConv1d | QuantConv2d | QuantLinear) else None
+    return name if isinstance(modules.get(name), QuantConv1d | QuantConv2d | QuantProduct) else None
 
 
 def owner_of(node: fx.Node) -> str:

@@ -1,6 +1,7 @@
 """`export`: the frozen integer form as a file that a runtime opens."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from bitwright.layers.reproducible import is_reproducible
 from bitwright.wrappers import unwrap
 
 
-def export(model: nn.Module, path: str | Path, example: Tensor, *, target: str = "onnx") -> ExportReport:
+def export(model: nn.Module, path: str | Path, example: Any, *, target: str = "onnx") -> ExportReport:
     """Write the deployable file of a trained model; input `input`, output `logits` where the format names them.
+
+    Of a model of several inputs, or of keywords, the file's inputs are called as `forward` calls them.
 
     The file is written beside its destination, checked, opened and run by its runtime at default settings, and
     only then moved there: after any failure, what was there before still is.
@@ -24,7 +27,8 @@ def export(model: nn.Module, path: str | Path, example: Tensor, *, target: str =
             distributed model it is the module inside. Call `snap_biases` before its last
             evaluation, so that the file is exactly what was evaluated.
         path: of the file.
-        example: one input batch.
+        example: one input batch, as `calibrate` takes them; a dict's `labels` are left out. Targets openvino, qonnx
+            and executorch take models of one tensor in.
         target: "onnx" (default), or another name in `bitwright.deploy.targets.EXPORT`; what each keeps and refuses
             is in docs/deployment.md.
 
@@ -41,4 +45,4 @@ def export(model: nn.Module, path: str | Path, example: Tensor, *, target: str =
     if odd is not None:
         kind = str(model.get_parameter(odd).dtype).removeprefix("torch.")
         raise BitwrightError(f"export: {odd} is {kind}; files compute in float32, so call model.float() first")
-    return EXPORT[target](model, Path(path), example_of(example, "export"))
+    return EXPORT[target](model, Path(path), example_of(example, "export").mapped(Tensor.cpu))

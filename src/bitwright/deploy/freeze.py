@@ -13,6 +13,7 @@ from bitwright.batches import example_of
 from bitwright.deploy.attention import IntMultiheadAttention, IntProducts, IntTimmAttention, window_attend
 from bitwright.deploy.capture import Captured, Surroundings, captured, surroundings, without_norm
 from bitwright.deploy.integer import (
+    QUANTIZER,
     InputCodes,
     IntAdd,
     IntConv,
@@ -30,8 +31,8 @@ from bitwright.layers import (
     QuantConv2dSame,
     QuantEmbedding,
     QuantLayer,
-    QuantLinear,
     QuantMultiheadAttention,
+    QuantProduct,
     SharedInput,
     attach_output,
     quantizer_in,
@@ -49,7 +50,7 @@ from bitwright.prepare import quant_layers, quantizers
 from bitwright.wrappers import unwrap
 
 
-def freeze(model: nn.Module, example: Tensor) -> nn.Module:
+def freeze(model: nn.Module, example: Any) -> nn.Module:
     """A deep copy of `model` in its frozen integer form, on the CPU, in evaluation mode.
 
     BatchNorms that alone follow a convolution or linear layer are folded into its scales and bias; every
@@ -58,7 +59,7 @@ def freeze(model: nn.Module, example: Tensor) -> nn.Module:
 
     Args:
         model: prepared, and calibrated or loaded; it is not changed.
-        example: one input batch, used to capture the graph.
+        example: one input batch, as `calibrate` takes them, used to capture the graph.
 
     Raises:
         BitwrightError: nothing is quantized, a quantizer is not calibrated, the graph cannot be captured, or a
@@ -67,7 +68,7 @@ def freeze(model: nn.Module, example: Tensor) -> nn.Module:
     model = unwrap(model)
     check_ready(model)
     twin = copy.deepcopy(model).cpu().eval()
-    plans = layer_plans(twin, captured(twin, example_of(example, "freeze").cpu()))
+    plans = layer_plans(twin, captured(twin, example_of(example, "freeze").mapped(Tensor.cpu)))
     replaced: dict[int, nn.Module] = {}
     for name, layer in quant_layers(twin).items():
         plan = plans.get(name, Plan(None))
@@ -160,7 +161,9 @@ def input_codes(layer: nn.Module, slot: str, name: str) -> InputCodes | None:
         return None
     full = f"{name}.{slot}" if name else slot
     shared = isinstance(getattr(layer, slot), SharedInput)
-    return InputCodes(full, quantizer.affine(), quantizer.shape.axis, int(quantizer.bits.item()), shared)
+    # An attention may have a layer called `query` beside the operand of that name, and a file has one name for one.
+    label = full if slot.removesuffix(QUANTIZER) in layer._modules else None
+    return InputCodes(full, quantizer.affine(), quantizer.shape.axis, int(quantizer.bits.item()), shared, label)
 
 
 def on_sums(layer: QuantLayer, plan: Plan) -> bool:
@@ -204,7 +207,7 @@ def frozen_layer(layer: QuantLayer, name: str, plan: Plan) -> nn.Module:
     if isinstance(layer, QuantConv1d | QuantConv2d):
         same = isinstance(layer, QuantConv2dSame)
         return frozen_weight_layer(layer, name, plan, lambda **f: IntConv(layer, same=same, **f))
-    if isinstance(layer, QuantLinear):
+    if isinstance(layer, QuantProduct):
         return frozen_weight_layer(layer, name, plan, IntLinear)
     if isinstance(layer, QuantEmbedding):
         return frozen_weight_layer(layer, name, plan, IntEmbedding)
@@ -215,6 +218,8 @@ def frozen_layer(layer: QuantLayer, name: str, plan: Plan) -> nn.Module:
         products = IntProducts(slots, layer.reproducible)
         if isinstance(layer, QuantMultiheadAttention):
             return frozen_multihead(layer, name, products)
+        if hasattr(layer, "through_interface"):
+            return frozen_in_place(layer, products)
         if hasattr(layer, "attend"):
             return frozen_windows(layer, products)
         return IntTimmAttention(layer, products)
@@ -233,10 +238,16 @@ def frozen_multihead(layer: QuantMultiheadAttention, name: str, products: IntPro
     return IntMultiheadAttention(layer, in_proj, products, layer.out_proj)
 
 
-def frozen_windows(layer: Any, products: IntProducts) -> nn.Module:
-    """torchvision's window attention: everything but its products is kept."""
+def frozen_in_place(layer: Any, products: IntProducts) -> nn.Module:
+    """Attention of which everything but its products is kept."""
     for slot in PRODUCT_SLOTS:
         setattr(layer, slot, None)
     layer.products = products
+    return layer
+
+
+def frozen_windows(layer: Any, products: IntProducts) -> nn.Module:
+    """torchvision's window attention, which calls a function of its own for the products."""
+    frozen_in_place(layer, products)
     layer.attend = partial(window_attend, layer, products)
     return layer

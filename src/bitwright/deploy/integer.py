@@ -33,12 +33,17 @@ def symbol(kind: str, x: Tensor, shape: Any, dtype: torch.dtype, attributes: dic
     return torch.onnx.ops.symbolic(f"{DOMAIN}::{kind}", (x,), numbered, dtype=dtype, shape=shape, version=1)
 
 
+# The end of the name of a slot, which the names of tensors in a file leave out.
+QUANTIZER = "_quantizer"
+
+
 class InputCodes(nn.Module):
     """The integer form of an input quantizer: `forward` gives code - zero, float64, the shape of `x`.
 
     Attributes:
-        name: of the quantizer in the training form. scale: (channels,) or (1,), float32, positive.
-        zero: (1,) or (channels,), float32. whole: every zero point is one of the codes.
+        name: of the quantizer in the training form. label: what its tensors in a file are called by.
+        scale: (channels,) or (1,), float32, positive. zero: (1,) or (channels,), float32. whole: every zero
+            point is one of the codes.
         lo, hi: bounds of the code. bits: bit-width. axis: channel axis, counted from the end.
         shared: an output quantizer gave the tensor these codes already; taking them again changes nothing.
     """
@@ -46,8 +51,9 @@ class InputCodes(nn.Module):
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, name: str, affine: Affine, axis: int, bits: int, shared: bool = False):
+    def __init__(self, name: str, affine: Affine, axis: int, bits: int, shared: bool = False, label: str | None = None):
         super().__init__()
+        self.label = name.removesuffix(QUANTIZER) if label is None else label
         self.shared = shared
         self.name, self.lo, self.hi, self.axis, self.bits = name, affine.lo, affine.hi, axis, bits
         self.register_buffer("scale", affine.scale.float())
@@ -285,6 +291,16 @@ class IntLinear(IntLayer):
 
 class IntEmbedding(IntLayer):
     """A table of codes; rows are looked up as integers and scaled afterwards."""
+
+    @property
+    def num_embeddings(self) -> int:
+        """How many rows, for models that ask."""
+        return self.numbers.shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """Features of a row, for models that ask."""
+        return self.numbers.shape[1]
 
     def forward(self, index: Tensor) -> Tensor:
         """Integer indices (...) to float32 (..., features)."""

@@ -336,11 +336,12 @@ def strip(tensor: TensorProto) -> TensorProto:
 
 
 def bare(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:
-    """A copy of an input or output without metadata; its free axis is called "batch"."""
+    """A copy of an input or output without metadata; free axes are called "batch" and "tokens"."""
     clean = onnx.ValueInfoProto()
     clean.name = value.name
     clean.type.CopyFrom(value.type)
     dims = clean.type.tensor_type.shape.dim
-    if dims and dims[0].dim_param:
-        dims[0].dim_param = "batch"
+    for dim, called in zip(dims, ("batch", "tokens"), strict=False):
+        if dim.dim_param:
+            dim.dim_param = called
     return clean

@@ -11,7 +11,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from bitwright.deploy.builder import QUANTIZER
+from bitwright.batches import Inputs
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.exact_conv import shown
 from bitwright.deploy.integer import DOMAIN, IntEmbedding, IntLayer, IntLinear
@@ -60,21 +60,32 @@ def open_session(source: str | bytes, path: Path, providers: Sequence[str]) -> o
         raise BitwrightError(f"{path}: onnxruntime cannot open it: {first_line(error)}") from error
 
 
+def fed(session: onnxruntime.InferenceSession, path: Path, x: Inputs) -> dict[str, np.ndarray]:
+    """A batch by the names of the file's inputs; BitwrightError where it has others."""
+    wanted = [i.name for i in session.get_inputs()]
+    named = {k: v for k, v in x.kwargs.items() if isinstance(v, Tensor)}
+    rest = [name for name in wanted if name not in named]
+    if len(rest) != len(x.args) or not named.keys() <= set(wanted):
+        given = ", ".join(["a tensor"] * len(x.args) + list(named))
+        raise BitwrightError(f"{path}: the file reads {', '.join(wanted)}; the batch has {given}")
+    return {k: v.numpy() for k, v in {**dict(zip(rest, x.args, strict=True)), **named}.items()}
+
+
 def run_session(
-    session: onnxruntime.InferenceSession, path: Path, names: list[str] | None, x: Tensor
+    session: onnxruntime.InferenceSession, path: Path, names: list[str] | None, x: Inputs
 ) -> list[np.ndarray]:
     """Outputs for one batch (all outputs where `names` is None); BitwrightError if the runtime refuses."""
+    feed = fed(session, path, x)
     try:
-        out: list[Any] = list(session.run(names, {"input": x.numpy()}))
+        out: list[Any] = list(session.run(names, feed))
     except Exception as error:
         raise BitwrightError(f"{path}: onnxruntime cannot run it: {first_line(error)}") from error
     return out
 
 
 def code_tensors(calls: dict[str, int]) -> list[str]:
-    """Names of the tensors that hold the codes of quantizers which run `calls` times."""
-    bare = [(name.removesuffix(QUANTIZER), count) for name, count in calls.items()]
-    return [f"{name}:{i}.codes" if i else f"{name}.codes" for name, count in bare for i in range(count)]
+    """Names of the tensors that hold the codes of quantizers (by label) which run `calls` times."""
+    return [f"{name}:{i}.codes" if i else f"{name}.codes" for name, count in calls.items() for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ def probe_graph(proto: onnx.ModelProto, path: Path, layers: dict[str, IntLayer],
     """The graph whose tensors `verify` looks at.
 
     Args:
-        layers: of the frozen form, by name. calls: how often each input quantizer runs.
+        layers: of the frozen form, by name. calls: how often each input quantizer runs, by label.
 
     Raises:
         BitwrightError: a tensor of the frozen form is missing: the file is of another network.

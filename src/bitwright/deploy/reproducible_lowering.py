@@ -7,7 +7,7 @@ import numpy as np
 from onnx import NodeProto, helper
 from torch import Tensor, nn
 
-from bitwright.deploy.builder import QUANTIZER, container_zero
+from bitwright.deploy.builder import container_zero
 from bitwright.deploy.elementary import FUNCTIONS, GELU, GELU_CODES, NORM, POOL, SOFTMAX, gelu_runs
 from bitwright.deploy.exact_conv import ExactConvLowering
 from bitwright.deploy.integer import DOMAIN, InputCodes, symbol
@@ -17,9 +17,16 @@ from bitwright.layers.reproducible import (
     ReproducibleLayerNorm,
     ReproducibleLayerNorm2d,
     ReproduciblePool,
+    ReproducibleTransformersGELU,
 )
 
-KINDS = {ReproducibleLayerNorm: NORM, ReproducibleLayerNorm2d: NORM, ReproducibleGELU: GELU, ReproduciblePool: POOL}
+KINDS = {
+    ReproducibleLayerNorm: NORM,
+    ReproducibleLayerNorm2d: NORM,
+    ReproducibleGELU: GELU,
+    ReproducibleTransformersGELU: GELU,
+    ReproduciblePool: POOL,
+}
 
 
 def stand_for(module: Any, x: Tensor) -> Tensor:
@@ -74,7 +81,7 @@ class ReproducibleLowering(ExactConvLowering):
         """As ever; codes of a GELU that nothing else reads come from a table."""
         if x not in self.gelus or codes.shared or not codes.integer or not integer or pads is not None:
             return super().quantized(codes, x, integer=integer, pads=pads, mode=mode)
-        at, base = self.call(codes.name.removesuffix(QUANTIZER)), container_zero(codes)
+        at, base = self.call(codes.label), container_zero(codes)
         self.absorbed.add(x)
         starts, values = gelu_runs(codes, base)
         table = [self.constant(f"{at}.starts", starts), self.constant(f"{at}.values", values)]

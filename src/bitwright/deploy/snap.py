@@ -13,7 +13,7 @@ from bitwright.deploy.integer import InputCodes
 from bitwright.deploy.margins import exact_scales
 from bitwright.deploy.ties import part_ties
 from bitwright.grids.lsq import LSQ
-from bitwright.layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantLinear
+from bitwright.layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantProduct
 from bitwright.layers.fold import folded_bias, norm_affine
 from bitwright.layers.significant import (
     MOST,
@@ -29,7 +29,7 @@ from bitwright.wrappers import unwrap
 
 
 @torch.no_grad()
-def snap_biases(model: nn.Module, example: Tensor) -> int:
+def snap_biases(model: nn.Module, example: Any) -> int:
     """Move biases and scales of the training form to where the deployed network has them, in place.
 
     Integer runtimes add a convolution's bias as int32 at the step input scale * weight scale. Rounding it only in
@@ -42,7 +42,7 @@ def snap_biases(model: nn.Module, example: Tensor) -> int:
     Args:
         model: prepared and calibrated. Scales move by half a percent at 2 bits and less above; the bias of a BatchNorm
             (its running mean where it has none) or of the layer itself by at most half a step.
-        example: one input batch, used to capture the graph.
+        example: one input batch, as `calibrate` takes them, used to capture the graph.
 
     Returns:
         How many layers' biases are on the grid of an accumulator.
@@ -52,13 +52,13 @@ def snap_biases(model: nn.Module, example: Tensor) -> int:
     """
     model = unwrap(model)
     check_ready(model)
-    graph = captured(model, example_of(example, "snap_biases").to(device_of(model)))
+    graph = captured(model, example_of(example, "snap_biases").mapped(lambda t: t.to(device_of(model))))
     part_ties(model, graph)
     plans = layer_plans(model, graph)
     count = 0
     for name, layer in quant_layers(model).items():
         if (
-            isinstance(layer, QuantConv1d | QuantConv2d | QuantLinear | QuantEmbedding)
+            isinstance(layer, QuantConv1d | QuantConv2d | QuantProduct | QuantEmbedding)
             and layer.weight_quantizer is not None
         ):
             codes = input_codes(layer, "input_quantizer", name)
@@ -149,7 +149,7 @@ class Surrounded:
         if bias_codes is None or self.codes is None:
             steps = [float(c.scale.min()) for c in self.plan.readers]
             # What leaves a linear layer is scaled, summed or normalised before it is quantized; a bias is no finer.
-            bits = significant_bits(self.bits) if isinstance(self.layer, QuantLinear) else bias_bits(self.bits)
+            bits = significant_bits(self.bits) if isinstance(self.layer, QuantProduct) else bias_bits(self.bits)
             target = on_steps(before, min(steps)) if steps else rounded_together(before, bits)
         else:
             constant = (weight.numbers.flatten(1) == 0).all(1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.batches import each_batch, one_tensor, output_of
+from bitwright.batches import Inputs, deployed, each_batch, output_of
 from bitwright.calibrate import evaluating
 from bitwright.deploy.comparison import InputRow, VerifyReport, WeightRow
 from bitwright.deploy.freeze import freeze
@@ -32,7 +32,7 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any], *, runtim
     Args:
         model: as it was exported; it is not changed.
         path: the file.
-        batches: inputs, or (input, target) pairs; all are used. A lone tensor is one batch.
+        batches: as `calibrate` takes them; all are used. A lone tensor is one batch; a dict's `labels` are left out.
         runtime: "default", the target's own (onnxruntime for `onnx`), or "native", `bitwright.runtime`, for `onnx`.
 
     Raises:
@@ -42,7 +42,7 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any], *, runtim
     """
     path = Path(path)
     model = unwrap(model)
-    stream = (one_tensor(inputs, "verify").detach().cpu() for inputs in each_batch(batches, "verify"))
+    stream = (deployed(x).mapped(lambda t: t.detach().cpu()) for x in each_batch(batches, "verify"))
     first = next(stream, None)
     if first is None:
         raise BitwrightError("verify: no batch was given")
@@ -53,17 +53,18 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any], *, runtim
     frozen, exact = freeze(training, first), Exact(training)
     layers = {m.name: m for m in frozen.modules() if isinstance(m, IntLayer)}
     with evaluating(training), torch.no_grad(), Recorder(training, frozen) as recorder:
-        recorder.run(first[:1])
+        one = first.by_row(lambda t: t[:1])
+        recorder.run(one)
         calls = {name: len(codes) for name, codes in recorder.frozen.items()}
         executed = {n: layers[n] for n in recorder.order if n in layers}
-        file = opener(path, Network(training, frozen, first[:1], executed, calls, recorder.codes))
+        file = opener(path, Network(training, frozen, one, executed, calls, recorder.codes))
         rows = [row for n in recorder.order if (row := first_row(n, layers, recorder, file)) is not None]
         report = VerifyReport(str(path), rows, target)
         for x in (first, *stream):
             outputs = recorder.run(x)
             logits, codes = file.run(x)
-            clean = compare_codes(report, recorder, codes, x.shape[0])
-            compare_outputs(report, *outputs, logits, clean, lambda rows, x=x: exact(x[rows]))
+            clean = compare_codes(report, recorder, codes, x.rows)
+            compare_outputs(report, *outputs, logits, clean, lambda rows, x=x: exact(x.by_row(lambda t: t[rows])))
         report.file_difference = getattr(file, "difference", None)
     return report
 
@@ -92,13 +93,14 @@ class Exact:
         self.model = copy.deepcopy(model).eval()
         self.wide = False
 
-    def __call__(self, x: Tensor) -> Tensor | None:
+    def __call__(self, x: Inputs) -> Tensor | None:
         """Outputs for `x` (float inputs in any precision, or indices), float64; None if it runs in float32 only."""
         if not self.wide:
             self.model.double()
             self.wide = True
         try:
-            return output_of(self.model(x.double() if x.is_floating_point() else x), "verify")
+            wide = x.mapped(lambda t: t.double() if t.is_floating_point() else t)
+            return output_of(wide.run(self.model), "verify")
         except RuntimeError:  # it makes float32 tensors of its own
             return None
 
@@ -188,12 +190,12 @@ class Recorder:
             k = (k + codes.along_axis(codes.zero, centered.ndim).double()).round()
         self.frozen.setdefault(codes.name, []).append(k.to(torch.int16))
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Outputs of the training form and of the frozen form."""
         self.training.clear()
         self.frozen.clear()
         model, frozen = self.models
-        return output_of(model(x), "verify"), output_of(frozen(x), "verify")
+        return output_of(x.run(model), "verify"), output_of(x.run(frozen), "verify")
 
 
 def per_image(codes: Tensor, images: int) -> Tensor:

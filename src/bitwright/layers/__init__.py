@@ -8,7 +8,7 @@ from bitwright.layers.add import Add, QuantAdd
 from bitwright.layers.attention import QuantMultiheadAttention, scaled_dot_product
 from bitwright.layers.base import QuantLayer
 from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
-from bitwright.layers.linear import QuantEmbedding, QuantLinear
+from bitwright.layers.linear import QuantEmbedding, QuantLinear, QuantProduct
 from bitwright.layers.output import (
     OUTPUT,
     SharedInput,
@@ -21,7 +21,10 @@ from bitwright.layers.output import (
 from bitwright.layers.swap import (
     COMPUTING,
     candidates,
+    float_products,
+    has_products,
     is_quantized,
+    multiplies,
     quantizable,
     swap,
     target_class,
@@ -45,13 +48,17 @@ __all__ = [
     "QuantLayer",
     "QuantLinear",
     "QuantMultiheadAttention",
+    "QuantProduct",
     "SharedInput",
     "attach_output",
     "candidates",
     "detach_output",
+    "float_products",
     "has_output",
+    "has_products",
     "is_quantized",
     "let_wait",
+    "multiplies",
     "quantizable",
     "quantizer_in",
     "scaled_dot_product",

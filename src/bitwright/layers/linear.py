@@ -11,21 +11,29 @@ from bitwright.layers.sums import linear_sums
 from bitwright.layers.whole import evaluates
 
 
-class QuantLinear(QuantLayer, nn.Linear):
-    """`nn.Linear` on a quantized weight and input; any leading axes."""
+class QuantProduct(QuantLayer):
+    """What linear layers share, however their weight lies: `weight_of` gives it as (out, in)."""
+
+    bias: Tensor | None
 
     def input_shape(self, per_channel: bool) -> Shape:
-        return Shape("input", channels=self.in_features if per_channel else 1, axis=-1)
+        width = self.weight_of("weight_quantizer").shape[1]
+        return Shape("input", channels=width if per_channel else 1, axis=-1)
 
     def forward(self, input: Tensor) -> Tensor:
         x = apply(self.input_quantizer, input)
-        if self.reproducible and not self.training and evaluates(x, self.weight):
-            sums = linear_sums(x, self.input_quantizer, self.weight, self.weight_quantizer, self.bias)
+        weight = self.weight_of("weight_quantizer")
+        if self.reproducible and not self.training and evaluates(x, weight):
+            sums = linear_sums(x, self.input_quantizer, weight, self.weight_quantizer, self.bias)
             if sums is not None:
                 return sums.noted()
-        w = apply(self.weight_quantizer, self.weight)
+        w = apply(self.weight_quantizer, weight)
         with keep_sources(x, w):
             return linear(x, w, self.bias)
+
+
+class QuantLinear(QuantProduct, nn.Linear):
+    """`nn.Linear` on a quantized weight and input; any leading axes."""
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):

@@ -5,6 +5,8 @@ before: the same kernels, the same gradients. In evaluation without gradients, f
 `bitwright.kernels.reproducible` and products are computed on integers and scaled as runtimes scale them.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,8 @@ from bitwright.layers.base import QuantLayer
 from bitwright.layers.sums import normed
 from bitwright.layers.waiting import QuantBatchNorm2d, QuantGELU
 from bitwright.layers.whole import evaluates
+
+logger = logging.getLogger("bitwright")
 
 
 class Reproducible:
@@ -58,6 +62,12 @@ class ReproducibleGELU(Reproducible, QuantGELU):
         return kernels.gelu(input)
 
 
+class ReproducibleTransformersGELU(ReproducibleGELU):
+    """transformers' `GELUActivation`, which has no attributes of torch's."""
+
+    approximate = "none"
+
+
 class FoldedNorm:
     """A BatchNorm that evaluates, behind a reproducible layer, what the deployed network has in its place."""
 
@@ -85,6 +95,9 @@ class ReproduciblePool(Reproducible, nn.AdaptiveAvgPool2d):
         return kernels.pooled(input)
 
 
+# Activations of torch's that are no arithmetic on the input.
+ROUNDED = (nn.GELU, QuantGELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softmax)
+
 FOLDED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: ReproducibleBatchNorm1d,
     nn.BatchNorm2d: QuantBatchNorm2d,
@@ -106,6 +119,8 @@ def reproducible_class(module: nn.Module) -> type[Any] | None:
         return ReproducibleBatchNormAct2d
     if kind is nn.AdaptiveAvgPool2d:
         return ReproduciblePool if module.output_size in (1, (1, 1)) else None
+    if (kind.__module__, kind.__name__) == ("transformers.activations", "GELUActivation"):
+        return ReproducibleTransformersGELU
     return ReproducibleGELU if kind in (nn.GELU, QuantGELU) and module.approximate == "none" else None  # pyright: ignore
 
 
@@ -119,7 +134,8 @@ def make_reproducible(model: nn.Module) -> nn.Module:
 
     Layers: `nn.LayerNorm` (also timm's and torchvision's, over channels too), `nn.GELU`, `nn.AdaptiveAvgPool2d(1)`,
     the attention, convolutions and linear layers that `prepare` quantizes, and BatchNorms that alone read one of these.
-    Functions that a model's own forward calls stay as they are.
+    Other norms and activations (RMSNorm, SiLU) stay as they are, and a line in the log counts them; so do functions
+    that a model's own forward calls, of which none tells.
 
     Args:
         model: prepared.
@@ -136,7 +152,20 @@ def make_reproducible(model: nn.Module) -> nn.Module:
         kind = reproducible_class(module)
         if kind is not None:
             module.__class__ = kind
+    left = Counter(type(m).__name__.removeprefix("Quant") for m in model.modules() if rounds_its_own_way(m))
+    if left:
+        counts = ", ".join(f"{count} {kind}" for kind, count in left.items())
+        logger.warning(
+            "bitwright: make_reproducible does not cover %s: a file may differ from the evaluation there", counts
+        )
     return model
+
+
+def rounds_its_own_way(module: nn.Module) -> bool:
+    """Whether `module` is a norm or an activation that every runtime rounds in its own way, and stays so."""
+    if isinstance(module, (Reproducible, FoldedNorm, QuantBatchNorm2d)) or any(module.children()):
+        return False
+    return type(module) in ROUNDED or type(module).__name__.endswith(("Norm", "Activation"))
 
 
 def is_reproducible(model: nn.Module) -> bool:

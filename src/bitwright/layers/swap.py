@@ -1,5 +1,8 @@
 """Which layers can be quantized, and the in-place swap."""
 
+import functools
+import inspect
+
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -8,7 +11,7 @@ from bitwright.layers.add import Add, QuantAdd
 from bitwright.layers.attention import QuantMultiheadAttention
 from bitwright.layers.base import QuantLayer
 from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
-from bitwright.layers.linear import QuantEmbedding, QuantLinear
+from bitwright.layers.linear import QuantEmbedding, QuantLinear, QuantProduct
 
 # Layers that compute with weights of their own: where they stay float, the user should know.
 COMPUTING = (
@@ -48,6 +51,40 @@ def timm_class(module: nn.Module) -> type[QuantLayer] | None:
     return None
 
 
+def transformers_class(module: nn.Module) -> type[QuantLayer] | None:
+    """The quantized class for a layer of transformers, imported only where the model has brought it."""
+    kind = type(module)
+    if kind.__module__ == "transformers.pytorch_utils" and kind.__name__ == "Conv1D":
+        from bitwright.layers.transformers_linear import QuantTransformersConv1D
+
+        return QuantTransformersConv1D
+    if asks_for_products(kind) and "config" in vars(module):
+        from bitwright.layers.transformers_attention import quantized_class
+
+        return quantized_class(kind)
+    return None
+
+
+@functools.cache
+def has_products(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class computes attention products, by torch's function or by a softmax of its own."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    names = () if code is None else code.co_names
+    return "scaled_dot_product_attention" in names or ("softmax" in names and kind.__name__.endswith("Attention"))
+
+
+def float_products(model: nn.Module) -> list[str]:
+    """Names of layers that compute attention products which have no quantized form."""
+    return [n for n, m in model.named_modules() if has_products(type(m)) and not quantizable(m)]
+
+
+@functools.cache
+def asks_for_products(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class lets a function of transformers' table compute its attention products."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
 def torchvision_class(module: nn.Module) -> type[QuantLayer] | None:
     """The quantized class for a layer of torchvision, imported only where the model has brought it."""
     kind = type(module)
@@ -62,7 +99,7 @@ def target_class(module: nn.Module) -> type[QuantLayer] | None:
     """The quantized class for `module` (its own, if it was swapped), or None where there is none."""
     if isinstance(module, QuantLayer):
         return type(module)
-    found = SWAPS.get(type(module)) or timm_class(module) or torchvision_class(module)
+    found = SWAPS.get(type(module)) or timm_class(module) or torchvision_class(module) or transformers_class(module)
     return None if found is None or found.refusal(module) else found
 
 
@@ -80,7 +117,7 @@ def why_not(module: nn.Module) -> str:
         if type(module).forward is base.forward:
             return f"it cannot be quantized: {base.__name__} itself is, not classes that derive from it"
         return f"it cannot be quantized: its class is a {base.__name__} with a forward of its own"
-    if type(module).__name__.endswith("Attention"):
+    if type(module).__name__.endswith("Attention") or has_products(type(module)):
         return "its products have no quantized form"
     return "layers of this class have no quantized form"
 
@@ -100,6 +137,12 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, nn.MultiheadAttention) and not quantizable(module):
             found.pop(f"{name}.out_proj" if name else "out_proj", None)
     return found
+
+
+def multiplies(module: nn.Module) -> bool:
+    """Whether `module` is a convolution or linear layer that rules can give quantizers."""
+    kind = target_class(module)
+    return kind is not None and issubclass(kind, QuantConv1d | QuantConv2d | QuantProduct)
 
 
 def is_quantized(module: nn.Module) -> bool:

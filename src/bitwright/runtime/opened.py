@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitwright.batches import Inputs, one_tensor
 from bitwright.deploy.builder import container_zero
 from bitwright.deploy.integer import IntLinear
 from bitwright.deploy.probe import code_tensors
@@ -36,12 +37,12 @@ class NativeFile:
                 values = torch.from_numpy(weight.numbers.astype(np.float32) * weight.scale.reshape(shape))
                 self.weights[name] = values.T if isinstance(layer, IntLinear) else values
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """(logits, codes by quantizer and call)."""
-        values = self.session.values(x.numpy())
+        values = self.session.values(one_tensor(x, "verify: the native runtime").numpy())
         codes = {}
         for name, count in self.network.calls.items():
-            tensors = code_tensors({name: count})
+            tensors = code_tensors({self.network.codes[name].label: count})
             if all(t in values for t in tensors):
                 zero = container_zero(self.network.codes[name])
                 codes[name] = [torch.from_numpy(values[t].astype(np.int16)) - zero for t in tensors]

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
+from bitwright.batches import Inputs
 from bitwright.deploy.files import ExportReport
 from bitwright.deploy.probe import read
 from bitwright.deploy.targets.compressed_tensors_folder import (
@@ -20,7 +21,7 @@ from bitwright.deploy.targets.packed import PackedFile, export_packed
 from bitwright.deploy.targets.qonnx_file import QonnxFile, export_qonnx
 from bitwright.errors import BitwrightError
 
-EXPORT: dict[str, Callable[[nn.Module, Path, Tensor], ExportReport]] = {
+EXPORT: dict[str, Callable[[nn.Module, Path, Inputs], ExportReport]] = {
     "onnx": export_onnx,
     "packed": export_packed,
     "openvino": export_openvino,

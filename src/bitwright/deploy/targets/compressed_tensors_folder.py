@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bitwright.batches import Inputs, output_of
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.files import ExportReport, replacing, size_of
 from bitwright.deploy.freeze import freeze
@@ -96,7 +97,7 @@ def quantization_config(weights: dict[str, Weight], linears: list[str]) -> dict[
     }
 
 
-def export_compressed_tensors(model: nn.Module, path: Path, example: Tensor) -> ExportReport:
+def export_compressed_tensors(model: nn.Module, path: Path, example: Inputs) -> ExportReport:
     """Write the folder; see `bitwright.deploy.export`."""
     weights = linear_weights(model, freeze(model, example))
     runtime()
@@ -120,7 +121,7 @@ def export_compressed_tensors(model: nn.Module, path: Path, example: Tensor) -> 
         save_file({n: t.clone().contiguous() for n, t in tensors.items()}, str(new / MODEL), metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2))
         with torch.no_grad():
-            load(new, twin)(example.cpu())
+            example.run(load(new, twin))
         size = size_of(new)
     packed = sum(f.size_bytes for f in files)
     return ExportReport(path, size, packed, True, tuple(files), METHOD)
@@ -164,6 +165,6 @@ class CompressedTensorsFolder:
         self.weights = {name: modules[name].weight.detach() for name in network.layers}
         self.biases = {n: modules[n].bias.detach() for n, layer in network.layers.items() if layer.bias is not None}
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
         with torch.no_grad():
-            return self.model(x), {}
+            return output_of(x.run(self.model), "verify"), {}

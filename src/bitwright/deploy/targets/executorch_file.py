@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bitwright.batches import Inputs, one_tensor
 from bitwright.deploy.capture import ATEN, PASSED, first_line, owner_of, quiet_export
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
@@ -194,11 +195,11 @@ def run(method: Any, image: Tensor, path: Path) -> list[Tensor]:
         raise BitwrightError(f"{path}: executorch cannot run it: {first_line(error)}") from error
 
 
-def export_executorch(model: nn.Module, path: Path, example: Tensor) -> ExportReport:
+def export_executorch(model: nn.Module, path: Path, example: Inputs) -> ExportReport:
     """Write the file; see `bitwright.deploy.export`."""
     parts()
-    image = example[:1].cpu()
-    frozen = freeze(model, example.cpu())
+    image = one_tensor(example, "export: target executorch")[:1]
+    frozen = freeze(model, example)
     refuse_what_is_lost(frozen)
     form = Int8Form(frozen, image).eval()
     data, _ = lowered(form, image)
@@ -228,16 +229,17 @@ class ExecutorchFile:
         self.biases: dict[str, Tensor] = {}
         self.difference: str | None = None
         refuse_what_is_lost(network.frozen)
-        form = Int8Form(network.frozen, network.example, probe=True).eval()
-        data, _ = lowered(form, network.example)
+        image = one_tensor(network.example, "verify: target executorch")
+        form = Int8Form(network.frozen, image, probe=True).eval()
+        data, _ = lowered(form, image)
         with torch.no_grad():
-            form(network.example)
+            form(image)
         self.order: list[InputCodes] = [codes for codes, _ in form.taken.items]
         self.probe_program, self.probe = opened(data, path)
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
         logits, codes = [], [[] for _ in self.order]
-        for image in x.split(1):
+        for image in one_tensor(x, "verify: target executorch").split(1):
             logits.append(run(self.method, image, self.path)[0])
             again, *found = run(self.probe, image, self.path)
             if not torch.equal(again, logits[-1]):

@@ -1,14 +1,18 @@
 """Target `onnx`: standard ONNX for onnxruntime; keeps everything that the integer form has."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from bitwright.batches import Inputs, exportable, output_of
 from bitwright.deploy.attention import IntProducts
 from bitwright.deploy.capture import first_line, quiet_export
 from bitwright.deploy.files import ExportReport, replacing
@@ -18,33 +22,39 @@ from bitwright.deploy.lower import LayerFile, lower
 from bitwright.deploy.names import shorten
 from bitwright.deploy.outline import outline
 from bitwright.deploy.packing import OPSET
-from bitwright.deploy.probe import frozen_weights, open_session, probe_graph, read, run_session
+from bitwright.deploy.probe import fed, frozen_weights, open_session, probe_graph, read, run_session
 from bitwright.deploy.reproducible_lowering import ReproducibleLowering, name_all, stand_for
 from bitwright.deploy.targets.opened import Network, frozen_codes
 from bitwright.errors import BitwrightError
 from bitwright.layers.reproducible import Reproducible
 
 
-def placeholder_graph(frozen: nn.Module, example: Tensor) -> onnx.ModelProto:
-    """The frozen form as torch exports it, one node of our own domain per layer and per lone quantizer."""
+def placeholder_graph(frozen: nn.Module, example: Inputs) -> onnx.ModelProto:
+    """The frozen form as torch exports it, one node of our own domain per layer and per lone quantizer.
+
+    The input is called `input` where it is one tensor by position, else as `forward` calls its inputs.
+    """
+    with torch.no_grad():
+        output_of(example.run(frozen), "export")
     parts = [m for m in frozen.modules() if isinstance(m, InputCodes | IntLayer | IntProducts)]
     functions = [m for m in frozen.modules() if isinstance(m, Reproducible)]
     # A batch of one would be taken for a constant by torch.export.
-    rows = torch.cat([example, example]) if example.shape[0] == 1 else example
+    rows = example.by_row(lambda t: torch.cat([t, t])) if example.rows == 1 else example
     for part in parts:
         part.placeholder = True
     name_all(frozen)
     for function in functions:
         function.symbol = stand_for
     try:
-        with quiet_export(), torch.no_grad():
+        with quiet_export(), torch.no_grad(), exportable(frozen, rows) as given:
             program = torch.onnx.export(
                 frozen,
-                (rows,),
+                given.args,
+                kwargs=given.kwargs,
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=({0: torch.export.Dim.AUTO},),
-                input_names=["input"],
+                dynamic_shapes=free_axes(frozen, given),
+                input_names=["input"] if len(given.args) == 1 and not given.kwargs else None,
                 output_names=["logits"],
                 verbose=False,
             )
@@ -58,38 +68,46 @@ def placeholder_graph(frozen: nn.Module, example: Tensor) -> onnx.ModelProto:
             function.symbol = None
     assert program is not None
     model = program.model_proto
-    if len(model.graph.input) != 1 or len(model.graph.output) != 1:
-        raise BitwrightError(
-            f"{type(frozen).__name__} has {len(model.graph.input)} inputs and {len(model.graph.output)} outputs; "
-            "export takes models of one tensor in and one out"
-        )
     return model
+
+
+def free_axes(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """The axes that a file leaves free where the network can, as `torch.export` takes them: samples, and tokens."""
+    rows = inputs.rows
+
+    def axes(t: Tensor) -> dict[int, Any] | None:
+        tokens = t.ndim == 2 and not t.is_floating_point()  # indices of words, and their masks
+        count = (2 if tokens else 1) if t.ndim and len(t) == rows else 0
+        return {i: torch.export.Dim.AUTO for i in range(count)} or None
+
+    bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
+    return tree_map(lambda t: axes(t) if isinstance(t, Tensor) else None, dict(bound))
 
 
 def report(path: Path, size: int, proto: onnx.ModelProto, layers: list[LayerFile], target: str) -> ExportReport:
     """The report of a file that holds `proto`."""
     packed = sum(layer.size_bytes for layer in layers if layer.packing != "float32")
-    dynamic = bool(proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param)
+    dynamic = any(bool(d.dim_param) for i in proto.graph.input for d in i.type.tensor_type.shape.dim[:1])
     return ExportReport(path, size, packed, dynamic, tuple(layers), target)
 
 
-def write(proto: onnx.ModelProto, path: Path, example: Tensor) -> int:
+def write(proto: onnx.ModelProto, path: Path, example: Inputs) -> int:
     """Write, check, open, run, then move to `path`; returns the size in bytes."""
     with replacing(path) as new:
         new.write_bytes(proto.SerializeToString())
         onnx.checker.check_model(str(new), full_check=True)
         session = onnxruntime.InferenceSession(str(new), providers=["CPUExecutionProvider"])
-        session.run(None, {"input": example.numpy()})
+        session.run(None, fed(session, path, example))
         return new.stat().st_size
 
 
-def export_onnx(model: nn.Module, path: Path, example: Tensor) -> ExportReport:
+def export_onnx(model: nn.Module, path: Path, example: Inputs) -> ExportReport:
     """Write the file; see `bitwright.deploy.export`."""
     frozen = freeze(model, example)
-    proto, layers = lower(placeholder_graph(frozen, example.cpu()), frozen, ReproducibleLowering)
+    proto, layers = lower(placeholder_graph(frozen, example), frozen, ReproducibleLowering)
     outline(proto)
     shorten(proto)
-    return report(path, write(proto, path, example.cpu()), proto, layers, "onnx")
+    return report(path, write(proto, path, example), proto, layers, "onnx")
 
 
 class OnnxFile:
@@ -101,14 +119,14 @@ class OnnxFile:
         proto = read(path)
         self.path, self.network = path, network
         self.session = open_session(str(path), path, providers)
-        self.graph = probe_graph(proto, path, network.layers, network.calls)
+        self.graph = probe_graph(proto, path, network.layers, network.labels)
         self.probe = open_session(self.graph.proto.SerializeToString(), path, providers)
         wanted = self.graph.wanted
         values = run_session(self.probe, path, wanted, network.example) if wanted else []
         constants = {name: torch.from_numpy(np.array(v)) for name, v in zip(wanted, values, strict=True)}
         self.weights, self.biases = frozen_weights(self.graph, network.layers, constants)
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
         logits = torch.from_numpy(run_session(self.session, self.path, None, x)[0])
         names = self.graph.codes
         out = run_session(self.probe, self.path, names, x) if names else []

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitwright.batches import Inputs
 from bitwright.deploy.builder import container_zero
 from bitwright.deploy.integer import InputCodes, IntLayer
 from bitwright.deploy.probe import code_tensors
@@ -19,16 +20,21 @@ from bitwright.layers.output import detach_output
 class Network:
     """The network that a file should be.
 
-    training: the model as trained. frozen: its integer form. example: one image. layers: weight layers of the frozen
+    training: the model as trained. frozen: its integer form. example: one sample. layers: weight layers of the frozen
     form, by name, as it executes them. calls: how often each input quantizer runs. codes: those quantizers.
     """
 
     training: nn.Module
     frozen: nn.Module
-    example: Tensor
+    example: Inputs
     layers: dict[str, IntLayer]
     calls: dict[str, int]
     codes: dict[str, InputCodes]
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """`calls` by what a file calls the quantizers."""
+        return {self.codes[name].label: count for name, count in self.calls.items()}
 
 
 class Opened(Protocol):
@@ -41,7 +47,7 @@ class Opened(Protocol):
     weights: dict[str, Tensor]
     biases: dict[str, Tensor]
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """(logits, codes by quantizer and call; quantizers whose codes cannot be seen are left out)."""
         ...
 
@@ -60,6 +66,7 @@ def frozen_codes(network: Network, found: dict[str, np.ndarray]) -> dict[str, li
     """Codes by quantizer and call, int16 as in the frozen form, of tensors as a file of ours names and holds them."""
     tensors = {name: torch.from_numpy(k.astype(np.int16)) for name, k in found.items()}
     return {
-        name: [tensors[at] - container_zero(network.codes[name]) for at in code_tensors({name: count})]
+        name: [tensors[at] - container_zero(q) for at in code_tensors({q.label: count})]
         for name, count in network.calls.items()
+        for q in (network.codes[name],)
     }

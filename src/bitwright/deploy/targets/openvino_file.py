@@ -18,6 +18,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from bitwright.batches import Inputs, one_tensor
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
@@ -88,10 +89,10 @@ def in_bytes(proto: onnx.ModelProto, layers: dict[str, IntLayer], files: list[La
     return [replace(f, packing=sizes[f.name][0], size_bytes=sizes[f.name][1]) if f.name in sizes else f for f in files]
 
 
-def export_openvino(model: nn.Module, path: Path, example: Tensor) -> ExportReport:
+def export_openvino(model: nn.Module, path: Path, example: Inputs) -> ExportReport:
     """Write the file; see `bitwright.deploy.export`."""
     runtime()
-    example = example.cpu()
+    x = one_tensor(example, "export: target openvino")
     frozen = freeze(model, example)
     refuse_what_is_lost(frozen)
     proto, files = lower(placeholder_graph(frozen, example), frozen)
@@ -101,7 +102,7 @@ def export_openvino(model: nn.Module, path: Path, example: Tensor) -> ExportRepo
     with replacing(path) as new:
         new.write_bytes(proto.SerializeToString())
         onnx.checker.check_model(str(new), full_check=True)
-        compiled(new.read_bytes(), path)([example.numpy()])
+        compiled(new.read_bytes(), path)([x.numpy()])
         size = new.stat().st_size
     return report(path, size, proto, files, "openvino")
 
@@ -148,10 +149,10 @@ class OpenVinoFile:
     def __init__(self, path: Path, network: Network):
         runtime()
         self.network = network
-        self.graph = probe_graph(read(path), path, network.layers, network.calls)
+        self.graph = probe_graph(read(path), path, network.layers, network.labels)
         self.model = compiled(path.read_bytes(), path)
         self.probe = compiled(self.graph.proto.SerializeToString(), path)
-        found = self.outputs(network.example)
+        found = self.outputs(one_tensor(network.example, "verify: target openvino"))
         constants = {name: torch.from_numpy(found[name]) for name in self.graph.wanted}
         self.weights, self.biases = frozen_weights(self.graph, network.layers, constants)
 
@@ -160,7 +161,8 @@ class OpenVinoFile:
         values = self.probe([x.numpy()])
         return {name: np.array(values[name]) for name in [*self.graph.codes, *self.graph.wanted]}
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        logits = torch.from_numpy(np.array(self.model([x.numpy()])[0]))
-        found = self.outputs(x)
+    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        image = one_tensor(x, "verify: target openvino")
+        logits = torch.from_numpy(np.array(self.model([image.numpy()])[0]))
+        found = self.outputs(image)
         return logits, frozen_codes(self.network, {name: found[name] for name in self.graph.codes})

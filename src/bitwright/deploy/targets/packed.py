@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bitwright.batches import Inputs, output_of
 from bitwright.deploy.attention import IntMultiheadAttention, IntProducts
 from bitwright.deploy.compact import Stream, fixed, floating, whole
 from bitwright.deploy.files import ExportReport, replacing
@@ -73,7 +74,7 @@ def refuse_attention(frozen: nn.Module) -> None:
         if products or isinstance(module, IntMultiheadAttention) or hasattr(module, "attend"):
             raise BitwrightError(
                 f"{name.removesuffix('.products')}: target packed keeps no quantized attention; "
-                "leave the attention layer out of the rules, or use target onnx"
+                "give the attention layer a rule with weight, input and attention None, or use target onnx"
             )
 
 
@@ -109,9 +110,8 @@ def contents(model: nn.Module, frozen: nn.Module) -> tuple[dict[str, Any], dict[
     return network, {name: t.clone().contiguous() for name, t in tensors.items()}, files
 
 
-def export_packed(model: nn.Module, path: Path, example: Tensor) -> ExportReport:
+def export_packed(model: nn.Module, path: Path, example: Inputs) -> ExportReport:
     """Write the checkpoint; see `bitwright.deploy.export`."""
-    example = example.cpu()
     frozen = freeze(model, example)
     network, tensors, files = contents(model, frozen)
     about = {"format": packed_loader.FORMAT, "version": packed_loader.VERSION}
@@ -119,7 +119,7 @@ def export_packed(model: nn.Module, path: Path, example: Tensor) -> ExportReport
         save_file(tensors, str(new), metadata={**about, "network": json.dumps(network, separators=(",", ":"))})
         loaded = load_packed(new, float_twin(model))
         with torch.no_grad():
-            loaded(example)
+            example.run(loaded)
         size = new.stat().st_size
     return ExportReport(path, size, sum(f.size_bytes for f in files if f.bits <= 8), True, tuple(files), "packed")
 
@@ -174,7 +174,7 @@ class PackedFile:
 
         return keep
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
         self.codes = {}
         with torch.no_grad():
-            return self.model(x), self.codes
+            return output_of(x.run(self.model), "verify"), self.codes

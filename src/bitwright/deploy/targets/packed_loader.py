@@ -239,7 +239,10 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
             prefix = f"{name}." if name else ""
             parts = ("weight", "scale", "bias", "bias_codes")
             own = {part: rest.pop(prefix + part) for part in parts if prefix + part in rest}
-            if list(modules[name].weight.shape) != fields["shape"]:  # pyright: ignore
+            shape = list(modules[name].weight.shape)  # pyright: ignore
+            if type(modules[name]).__name__ == "Conv1D":  # transformers': a linear layer whose weight is (in, out)
+                shape.reverse()
+            if shape != fields["shape"]:
                 raise ValueError(f"{path}: is of another network: {name}.weight has shape {fields['shape']}")
             made[name] = Layer(modules[name], fields, own | words.layer(fields))
         made |= {name: Sum(fields) for name, fields in network["sums"].items()}

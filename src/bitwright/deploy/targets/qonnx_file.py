@@ -19,7 +19,7 @@ import torch
 from onnx import NodeProto, helper
 from torch import Tensor, nn
 
-from bitwright.deploy.builder import QUANTIZER
+from bitwright.batches import Inputs, one_tensor
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
@@ -59,7 +59,7 @@ class QonnxLowering(Lowering):
         self, codes: InputCodes, x: str, *, integer: bool = True, pads: list[int] | None = None, mode: str = ""
     ) -> str:
         del integer
-        name = codes.name.removesuffix(QUANTIZER)
+        name = codes.label
         at = self.call(name)
         if not codes.shared:
             x = self.quant(x, f"{at}.codes", codes.scale.numpy(), float(codes.zero[0]), codes.bits, codes.lo < 0)
@@ -113,10 +113,10 @@ def refuse_what_is_lost(frozen: nn.Module) -> None:
             )
 
 
-def export_qonnx(model: nn.Module, path: Path, example: Tensor) -> ExportReport:
+def export_qonnx(model: nn.Module, path: Path, example: Inputs) -> ExportReport:
     """Write the file; see `bitwright.deploy.export`."""
     runtime()
-    example = example.cpu()
+    x = one_tensor(example, "export: target qonnx")
     frozen = freeze(model, example)
     refuse_what_is_lost(frozen)
     proto, files = lower(placeholder_graph(frozen, example), frozen, QonnxLowering)
@@ -124,7 +124,7 @@ def export_qonnx(model: nn.Module, path: Path, example: Tensor) -> ExportReport:
     onnx.helper.set_model_props(proto, {"target": "qonnx"})
     with replacing(path) as new:
         new.write_bytes(proto.SerializeToString())
-        Executor(onnx.load(str(new)), path).run(example)
+        Executor(onnx.load(str(new)), path).run(x)
         size = new.stat().st_size
     return report(path, size, proto, files, "qonnx")
 
@@ -178,16 +178,16 @@ class QonnxFile:
         runtime()
         proto = read(path)
         self.network, self.executor = network, Executor(proto, path)
-        graph = probe_graph(proto, path, network.layers, network.calls)
-        found = self.executor.run(network.example)
+        graph = probe_graph(proto, path, network.layers, network.labels)
+        found = self.executor.run(one_tensor(network.example, "verify: target qonnx"))
         constants = {name: torch.from_numpy(np.array(found[name])) for name in graph.wanted}
         self.weights, self.biases = frozen_weights(graph, network.layers, constants)
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        found = self.executor.run(x)
+    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        found = self.executor.run(one_tensor(x, "verify: target qonnx"))
         codes = {}
         for name, count in self.network.calls.items():
             q = self.network.codes[name]
-            values = [torch.from_numpy(found[at]).double() for at in code_tensors({name: count})]
+            values = [torch.from_numpy(found[at]).double() for at in code_tensors({q.label: count})]
             codes[name] = [(v / q.scale.double() + q.zero.double()).round().to(torch.int16) for v in values]
         return torch.from_numpy(found["logits"].copy()), codes
