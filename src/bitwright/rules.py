@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
 from bitwright.errors import BitwrightError
-from bitwright.layers import Add, candidates, takes_output, target_class, why_not
+from bitwright.layers import MATRICES, Add, candidates, takes_output, target_class, why_not
 from bitwright.layers.attention import PRODUCT_SLOTS
 from bitwright.spec import OneLineErrors, QuantizerSpec
 
@@ -94,7 +94,7 @@ def rules(
 
 def weight_layers(model: nn.Module) -> list[str]:
     """Names of convolutions and linear layers that can be quantized, in the order of definition."""
-    return [n for n, m in candidates(model).items() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)]
+    return [n for n, m in candidates(model).items() if isinstance(m, MATRICES)]
 
 
 def matches(pattern: str, name: str, module: nn.Module, ends: dict[str, str]) -> bool:
@@ -120,7 +120,7 @@ def fields_of(module: nn.Module) -> set[str]:
     kind = target_class(module)
     if kind is None:
         return set()
-    shares = {"shares"} if issubclass(kind, nn.Conv1d | nn.Conv2d | nn.Linear) else set()
+    shares = {"shares"} if issubclass(kind, MATRICES) else set()
     return shares | {slot_field(slot, kind) for slot in (*kind.weight_slots, *kind.input_slots)}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
 from bitwright.flow import Flow, Value, trace
-from bitwright.layers import candidates, is_quantized
+from bitwright.layers import CONVOLUTIONS, MATRICES, candidates, is_quantized
 from bitwright.rules import Rule, resolve, weight_layers
 from bitwright.spec import QuantizerSpec
 from bitwright.wrappers import unwrap
@@ -117,7 +117,7 @@ def readers(value: Value) -> Iterator[str]:
 
 def integer_layers(model: nn.Module, rules: Sequence[Rule] | None) -> Mapping[str, nn.Module]:
     """The layers that will multiply integers, by name: convolutions, linear layers."""
-    layers = {n: m for n, m in candidates(model).items() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)}
+    layers = {n: m for n, m in candidates(model).items() if isinstance(m, MATRICES)}
     if rules is None:
         return layers
     wanted = resolve(model, list(rules))
@@ -126,7 +126,7 @@ def integer_layers(model: nn.Module, rules: Sequence[Rule] | None) -> Mapping[st
 
 def places(model: nn.Module, flow: Flow, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Value]]:
     """Names of the modules whose outputs need a quantizer for `res8`, and these outputs, in the order of execution."""
-    convolutions = {n for n, m in layers.items() if isinstance(m, nn.Conv1d | nn.Conv2d)}
+    convolutions = {n for n, m in layers.items() if isinstance(m, CONVOLUTIONS)}
     sums: set[Value] = set()
     for value in flow.values:
         if value.kind.startswith("conv") and value.owner in convolutions:

@@ -9,6 +9,7 @@ from bitwright.layers.attention import QuantMultiheadAttention
 from bitwright.layers.base import QuantLayer
 from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
 from bitwright.layers.linear import QuantEmbedding, QuantLinear
+from bitwright.layers.transposed import QuantConvTranspose1d, QuantConvTranspose2d
 
 # Layers that compute with weights of their own: where they stay float, the user should know.
 COMPUTING = (
@@ -22,10 +23,16 @@ COMPUTING = (
     nn.RNNCellBase,
 )
 
+# What networks are made of, and rules call "first" and "last"; embeddings and attention come beside.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+MATRICES = (*CONVOLUTIONS, nn.Linear)
+
 # By exact type: a subclass may have a forward of its own, which a swap would silently replace.
 SWAPS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
     nn.Linear: QuantLinear,
     nn.modules.linear.NonDynamicallyQuantizableLinear: QuantLinear,
     nn.Embedding: QuantEmbedding,

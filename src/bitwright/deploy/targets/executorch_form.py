@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bitwright.deploy.attention import IntProducts
 from bitwright.deploy.integer import InputCodes, IntAdd, IntConv, IntEmbedding, IntLayer, IntLinear, OutputCodes
 from bitwright.deploy.lower import LayerFile
+from bitwright.deploy.phases import PhaseConv
 from bitwright.errors import BitwrightError
 from bitwright.layers.fold import along_first
 
@@ -47,6 +48,11 @@ def refuse_codes(codes: InputCodes) -> None:
 
 def refuse_layer(layer: IntLayer) -> None:
     """Raise BitwrightError for a layer that would not run on int8 weights and inputs."""
+    if isinstance(layer, PhaseConv):
+        raise BitwrightError(
+            f"{layer.name}: target executorch keeps no quantized transposed convolution; leave it out of the rules, "
+            "or use target onnx"
+        )
     quantized = (layer.packed is not None, layer.input_quantizer is not None)
     if quantized == (False, False):
         return

@@ -24,10 +24,12 @@ from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import DOMAIN, InputCodes, IntAdd, IntLayer, IntLinear
 from bitwright.deploy.lower import LayerFile, lower
 from bitwright.deploy.packing import BIAS
+from bitwright.deploy.phases import PhaseConv
 from bitwright.deploy.probe import frozen_weights, probe_graph, read
 from bitwright.deploy.targets.onnx_file import placeholder_graph, report
 from bitwright.deploy.targets.opened import Network, frozen_codes
 from bitwright.errors import BitwrightError
+from bitwright.layers.fold import Weight
 from bitwright.layers.output import has_output
 
 OLDEST = (2025, 0)
@@ -66,16 +68,17 @@ def refuse_what_is_lost(frozen: nn.Module) -> None:
 def in_bytes(proto: onnx.ModelProto, layers: dict[str, IntLayer], files: list[LayerFile]) -> list[LayerFile]:
     """Replace the calls that unpack weights by the integers themselves, in place; how each weight is stored now."""
     calls = {
-        node.output[0].removesuffix(".codes"): node
+        node.output[0].removesuffix(".codes").removesuffix(".taps"): node
         for node in proto.graph.node
         if node.domain == DOMAIN and node.op_type != BIAS
     }
     sizes = {}
     for name, node in calls.items():
-        weight = layers[name].packed
-        assert weight is not None
+        layer = layers[name]
+        weight = layer.taps if isinstance(layer, PhaseConv) else layer.packed
+        assert isinstance(weight, Weight)
         numbers = weight.numbers if weight.numbers.dtype == torch.int8 else weight.numbers.float()
-        values = np.ascontiguousarray((numbers.T if isinstance(layers[name], IntLinear) else numbers).numpy())
+        values = np.ascontiguousarray((numbers.T if isinstance(layer, IntLinear) else numbers).numpy())
         proto.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
         proto.graph.node.remove(node)
         sizes[name] = ("int8" if values.dtype == np.int8 else "float32", values.nbytes)

@@ -25,6 +25,7 @@ from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntEmbedding, IntLayer
 from bitwright.deploy.lower import LayerFile, Lowering, lower
+from bitwright.deploy.phases import PhaseConv
 from bitwright.deploy.probe import code_tensors, frozen_weights, probe_graph, read
 from bitwright.deploy.targets.onnx_file import placeholder_graph, report
 from bitwright.deploy.targets.opened import Network
@@ -73,6 +74,11 @@ class QonnxLowering(Lowering):
         self.files[name] = LayerFile(name, layer.bits, "float32", values.size, values.nbytes)
         if weight is None:
             return self.constant(out, values.T if transpose else values)
+        if isinstance(layer, PhaseConv) and weight.step == 2 and bool((weight.numbers == 0).any()):
+            raise BitwrightError(
+                f"{name}: target qonnx has no 0 for the pixels that a transposed convolution skips; use a grid "
+                "with one, or a kernel that is a multiple of the stride"
+            )
         stored = self.constant(f"{name}.weight_values", values.T if transpose else values)
         shape = [1] * values.ndim
         shape[1 if transpose else 0] = -1
