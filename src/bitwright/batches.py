@@ -1,12 +1,13 @@
 """What a batch may be, wherever the library runs a model on data of the user's."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten_with_path
 
 from bitwright.errors import BitwrightError
 
@@ -100,18 +101,29 @@ def example_of(example: Any, who: str) -> Tensor:
     return one_tensor(inputs_of(example, who), who).detach()
 
 
-def output_of(output: Any, who: str) -> Tensor:
-    """The tensor that a model puts out, alone or as the only one in a dict, tuple or dataclass.
+def outputs_of(output: Any, who: str) -> dict[str, Tensor]:
+    """The tensors that a model puts out, in order, by the names that files give them.
+
+    One alone, as it is or in a dict, tuple or dataclass, is `logits`. Of several each has its key, its keys joined by
+    `_` where they are nested, and behind `output_` where that is a number: `out`, `aux`, `output_0`, `boxes_1`.
 
     Raises:
-        BitwrightError: there is none, or more than one.
+        BitwrightError: there is none.
     """
-    found = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-    if len(found) != 1:
-        raise BitwrightError(
-            f"{who}: takes models of one tensor out; this one gives {described(output)} with {len(found)}"
-        )
-    return found[0]
+    found = [(path, t) for path, t in tree_flatten_with_path(output)[0] if isinstance(t, Tensor)]
+    if not found:
+        raise BitwrightError(f"{who}: takes models of tensors out; this one gives {described(output)} without any")
+    if len(found) == 1:
+        return {"logits": found[0][1]}
+    names = ["_".join(re.sub(r"\W", "_", key_of(part)) for part in path) for path, _ in found]
+    names = [f"output_{name}" if not name or name[0].isdigit() or name == "input" else name for name in names]
+    names = [f"{name}_{names[:i].count(name)}" if name in names[:i] else name for i, name in enumerate(names)]
+    return {name: t for name, (_, t) in zip(names, found, strict=True)}
+
+
+def key_of(part: Any) -> str:
+    """One step of a path into a nested output: a dict's key, an attribute's name or an index."""
+    return str(next(getattr(part, what) for what in ("key", "name", "idx") if hasattr(part, what)))
 
 
 def as_tensor(value: Any) -> Any:

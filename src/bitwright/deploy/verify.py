@@ -2,14 +2,14 @@
 
 import copy
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitwright.batches import each_batch, one_tensor, output_of
+from bitwright.batches import each_batch, one_tensor, outputs_of
 from bitwright.calibrate import evaluating
 from bitwright.deploy.comparison import InputRow, VerifyReport, WeightRow
 from bitwright.deploy.freeze import freeze
@@ -60,10 +60,12 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any], *, runtim
         rows = [row for n in recorder.order if (row := first_row(n, layers, recorder, file)) is not None]
         report = VerifyReport(str(path), rows, target)
         for x in (first, *stream):
-            outputs = recorder.run(x)
-            logits, codes = file.run(x)
+            trained, integers = recorder.run(x)
+            theirs, codes = file.run(x)
             clean = compare_codes(report, recorder, codes, x.shape[0])
-            compare_outputs(report, *outputs, logits, clean, lambda rows, x=x: exact(x[rows]))
+            report.name_outputs(trained, len(theirs))
+            outputs = ([*trained.values()], [*integers.values()], theirs)
+            compare_outputs(report, *outputs, clean, lambda rows, x=x: exact(x[rows]))
         report.file_difference = getattr(file, "difference", None)
     return report
 
@@ -92,13 +94,13 @@ class Exact:
         self.model = copy.deepcopy(model).eval()
         self.wide = False
 
-    def __call__(self, x: Tensor) -> Tensor | None:
+    def __call__(self, x: Tensor) -> list[Tensor] | None:
         """Outputs for `x` (float inputs in any precision, or indices), float64; None if it runs in float32 only."""
         if not self.wide:
             self.model.double()
             self.wide = True
         try:
-            return output_of(self.model(x.double() if x.is_floating_point() else x), "verify")
+            return [*outputs_of(self.model(x.double() if x.is_floating_point() else x), "verify").values()]
         except RuntimeError:  # it makes float32 tensors of its own
             return None
 
@@ -188,12 +190,12 @@ class Recorder:
             k = (k + codes.along_axis(codes.zero, centered.ndim).double()).round()
         self.frozen.setdefault(codes.name, []).append(k.to(torch.int16))
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Outputs of the training form and of the frozen form."""
         self.training.clear()
         self.frozen.clear()
         model, frozen = self.models
-        return output_of(model(x), "verify"), output_of(frozen(x), "verify")
+        return outputs_of(model(x), "verify"), outputs_of(frozen(x), "verify")
 
 
 def per_image(codes: Tensor, images: int) -> Tensor:
@@ -230,33 +232,53 @@ def among_best(outputs: Tensor, predicted: Tensor, axis: int) -> Tensor:
     return reached.reshape(len(reached), -1).all(1)
 
 
+def in_rows(output: Tensor, images: int) -> Tensor:
+    """`output` as floats with a row per image; one that does not keep the images apart counts for all of them."""
+    found = output if output.is_floating_point() else output.double()
+    if found.ndim > 1 and found.shape[0] == images:
+        return found
+    return found.reshape(images, -1) if found.numel() % images == 0 else found.reshape(1, -1).expand(images, -1)
+
+
 def compare_outputs(
     report: VerifyReport,
-    trained: Tensor,
-    frozen: Tensor,
-    file: Tensor,
+    trained: Sequence[Tensor],
+    frozen: Sequence[Tensor],
+    file: Sequence[Tensor],
     clean: Tensor,
-    exact: Callable[[Tensor], Tensor | None],
+    exact: Callable[[Tensor], Sequence[Tensor] | None],
 ) -> None:
-    """Add one batch's outputs, (images, ..., classes) or (images, classes, rows, columns), to the report.
+    """Add one batch's outputs, each (images, ..., classes) or (images, classes, rows, columns), to the report.
+
+    An image counts once, however many of its outputs differ.
 
     exact: the training form's outputs without rounding for the images of a mask.
     """
-    images = trained.shape[0]
-    axis = 1 if trained.ndim == 4 else -1  # classes of a map lie along axis 1
-    ours, integers, theirs = (t.argmax(axis) for t in (trained, frozen, file))
-    undecided = differing(ours, integers) | differing(ours, theirs)
+    images = len(clean)
+    forms = [[in_rows(t, images) for t in outputs] for outputs in (trained, frozen, file)]
+    axes = [1 if t.ndim == 4 else -1 for t in forms[0]]  # classes of a map lie along axis 1
+    ours, integers, theirs = ([t.argmax(axis) for t, axis in zip(form, axes, strict=True)] for form in forms)
+    undecided = anywhere(differing, ours, integers) | anywhere(differing, ours, theirs)
     if bool(undecided.any()):
-        outputs = exact(undecided)
-        outputs = trained[undecided] if outputs is None else outputs
-        again = outputs.argmax(axis)
-        report.float32_differs += int(differing(again, ours[undecided]).sum())
-        report.different_frozen += int((~among_best(outputs, integers[undecided], axis)).sum())
-        report.different_file += int((~among_best(outputs, theirs[undecided], axis)).sum())
+        count = int(undecided.sum())
+        found = exact(undecided)
+        outputs = [t[undecided] for t in forms[0]] if found is None else [in_rows(t, count) for t in found]
+        again = [t.argmax(axis) for t, axis in zip(outputs, axes, strict=True)]
+        ours, integers, theirs = ([t[undecided] for t in form] for form in (ours, integers, theirs))
+        report.float32_differs += int(anywhere(differing, again, ours).sum())
+        report.different_frozen += int(anywhere(beaten, outputs, integers, axes).sum())
+        report.different_file += int(anywhere(beaten, outputs, theirs, axes).sum())
     report.images += images
     report.clean_images += int(clean.sum())
-    distance = (trained - file).abs().reshape(images, -1).amax(1)
-    report.logit_difference = max(report.logit_difference, float(distance.max()))
-    report.largest_logit = max(report.largest_logit, float(trained.abs().max()))
-    if bool(clean.any()):
-        report.clean_logit_difference = max(report.clean_logit_difference, float(distance[clean].max()))
+    for row, ours_k, theirs_k in zip(report.outputs, forms[0], forms[2], strict=True):
+        row.add(ours_k, theirs_k, clean)
+
+
+def anywhere(different: Callable[..., Tensor], *forms: Sequence[Any]) -> Tensor:
+    """Which images differ in any output, (images,) bool."""
+    return torch.stack([different(*each) for each in zip(*forms, strict=True)]).any(0)
+
+
+def beaten(outputs: Tensor, predicted: Tensor, axis: int) -> Tensor:
+    """Which images have a prediction that is not among the largest outputs, (images,) bool."""
+    return ~among_best(outputs, predicted, axis)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bitwright.batches import outputs_of
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.files import ExportReport, replacing, size_of
 from bitwright.deploy.freeze import freeze
@@ -164,6 +165,6 @@ class CompressedTensorsFolder:
         self.weights = {name: modules[name].weight.detach() for name in network.layers}
         self.biases = {n: modules[n].bias.detach() for n, layer in network.layers.items() if layer.bias is not None}
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Tensor) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         with torch.no_grad():
-            return self.model(x), {}
+            return list(outputs_of(self.model(x), "verify").values()), {}

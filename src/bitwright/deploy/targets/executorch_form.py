@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitwright.batches import described
 from bitwright.deploy.attention import IntProducts
 from bitwright.deploy.integer import InputCodes, IntAdd, IntConv, IntEmbedding, IntLayer, IntLinear, OutputCodes
 from bitwright.deploy.lower import LayerFile
@@ -30,6 +31,14 @@ def refuse_what_is_lost(frozen: nn.Module) -> None:
             raise BitwrightError("target executorch keeps no quantized attention; leave it out of the rules")
         elif isinstance(module, IntLayer):
             refuse_layer(module)
+
+
+def refuse_several_outputs(frozen: nn.Module, image: Tensor) -> None:
+    """Raise BitwrightError for a network of several tensors out, or one that is no plain tensor."""
+    with torch.no_grad():
+        output = frozen(image)
+    if not isinstance(output, Tensor):
+        raise BitwrightError(f"target executorch takes models of one tensor out; this one gives {described(output)}")
 
 
 def refuse_codes(codes: InputCodes) -> None:

@@ -9,13 +9,14 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from bitwright.batches import outputs_of
 from bitwright.deploy.attention import IntProducts
 from bitwright.deploy.capture import first_line, quiet_export
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntLayer
 from bitwright.deploy.lower import LayerFile, lower
-from bitwright.deploy.names import shorten
+from bitwright.deploy.names import rename, shorten
 from bitwright.deploy.outline import outline
 from bitwright.deploy.packing import OPSET
 from bitwright.deploy.probe import frozen_weights, open_session, probe_graph, read, run_session
@@ -24,11 +25,15 @@ from bitwright.deploy.targets.opened import Network, frozen_codes
 from bitwright.errors import BitwrightError
 from bitwright.layers.reproducible import Reproducible
 
+OUTPUT_NUMBER = "bitwright_output_"  # what outputs are called while a graph is exported
+
 
 def placeholder_graph(frozen: nn.Module, example: Tensor) -> onnx.ModelProto:
     """The frozen form as torch exports it, one node of our own domain per layer and per lone quantizer."""
     parts = [m for m in frozen.modules() if isinstance(m, InputCodes | IntLayer | IntProducts)]
     functions = [m for m in frozen.modules() if isinstance(m, Reproducible)]
+    with torch.no_grad():
+        names = list(outputs_of(frozen(example[:1]), "export"))
     # A batch of one would be taken for a constant by torch.export.
     rows = torch.cat([example, example]) if example.shape[0] == 1 else example
     for part in parts:
@@ -45,7 +50,7 @@ def placeholder_graph(frozen: nn.Module, example: Tensor) -> onnx.ModelProto:
                 opset_version=OPSET,
                 dynamic_shapes=({0: torch.export.Dim.AUTO},),
                 input_names=["input"],
-                output_names=["logits"],
+                output_names=[f"{OUTPUT_NUMBER}{i}" for i in range(len(names))],
                 verbose=False,
             )
     except Exception as error:
@@ -58,12 +63,28 @@ def placeholder_graph(frozen: nn.Module, example: Tensor) -> onnx.ModelProto:
             function.symbol = None
     assert program is not None
     model = program.model_proto
-    if len(model.graph.input) != 1 or len(model.graph.output) != 1:
+    if len(model.graph.input) != 1 or len(model.graph.output) != len(names):
         raise BitwrightError(
-            f"{type(frozen).__name__} has {len(model.graph.input)} inputs and {len(model.graph.output)} outputs; "
-            "export takes models of one tensor in and one out"
+            f"{type(frozen).__name__} has {len(model.graph.input)} inputs and {len(model.graph.output)} outputs in its "
+            f"graph; export takes models of one tensor in, and this one gives {len(names)}"
         )
+    name_outputs(model.graph, names)
     return model
+
+
+def name_outputs(graph: onnx.GraphProto, names: list[str]) -> None:
+    """Call the outputs so, in place; tensors that have such a name already get another."""
+    made = {name for node in graph.node for name in node.output}
+    for value in graph.output:
+        if value.name not in made:  # a constant or the input itself
+            value.name, source = f"{OUTPUT_NUMBER}of_{value.name}", value.name
+            graph.node.append(onnx.helper.make_node("Identity", [source], [value.name]))
+    taken = made | {tensor.name for tensor in graph.initializer}
+    new = {name: f"{name}__inner" for name in names if name in taken}
+    new |= {value.name: name for value, name in zip(graph.output, names, strict=True)}
+    rename(graph, new)
+    for value, name in zip(graph.output, names, strict=True):
+        value.name = name
 
 
 def report(path: Path, size: int, proto: onnx.ModelProto, layers: list[LayerFile], target: str) -> ExportReport:
@@ -108,8 +129,8 @@ class OnnxFile:
         constants = {name: torch.from_numpy(np.array(v)) for name, v in zip(wanted, values, strict=True)}
         self.weights, self.biases = frozen_weights(self.graph, network.layers, constants)
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        logits = torch.from_numpy(run_session(self.session, self.path, None, x)[0])
+    def run(self, x: Tensor) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        outputs = [torch.from_numpy(y) for y in run_session(self.session, self.path, None, x)]
         names = self.graph.codes
         out = run_session(self.probe, self.path, names, x) if names else []
-        return logits, frozen_codes(self.network, dict(zip(names, out, strict=True)))
+        return outputs, frozen_codes(self.network, dict(zip(names, out, strict=True)))

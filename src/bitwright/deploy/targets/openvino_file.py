@@ -163,7 +163,8 @@ class OpenVinoFile:
         values = self.probe([x.numpy()])
         return {name: np.array(values[name]) for name in [*self.graph.codes, *self.graph.wanted]}
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        logits = torch.from_numpy(np.array(self.model([x.numpy()])[0]))
+    def run(self, x: Tensor) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        values = self.model([x.numpy()])
+        outputs = [torch.from_numpy(np.array(values[i])) for i in range(len(self.model.outputs))]
         found = self.outputs(x)
-        return logits, frozen_codes(self.network, {name: found[name] for name in self.graph.codes})
+        return outputs, frozen_codes(self.network, {name: found[name] for name in self.graph.codes})

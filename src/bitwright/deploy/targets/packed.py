@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bitwright.batches import outputs_of
 from bitwright.deploy.attention import IntMultiheadAttention, IntProducts
 from bitwright.deploy.compact import Stream, fixed, floating, whole
 from bitwright.deploy.files import ExportReport, replacing
@@ -185,7 +186,7 @@ class PackedFile:
 
         return keep
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Tensor) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         self.codes = {}
         with torch.no_grad():
-            return self.model(x), self.codes
+            return list(outputs_of(self.model(x), "verify").values()), self.codes

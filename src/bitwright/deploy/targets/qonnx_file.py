@@ -189,11 +189,12 @@ class QonnxFile:
         constants = {name: torch.from_numpy(np.array(found[name])) for name in graph.wanted}
         self.weights, self.biases = frozen_weights(graph, network.layers, constants)
 
-    def run(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Tensor) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         found = self.executor.run(x)
         codes = {}
         for name, count in self.network.calls.items():
             q = self.network.codes[name]
             values = [torch.from_numpy(found[at]).double() for at in code_tensors({name: count})]
             codes[name] = [(v / q.scale.double() + q.zero.double()).round().to(torch.int16) for v in values]
-        return torch.from_numpy(found["logits"].copy()), codes
+        names = [value.name for value in self.executor.proto.graph.output]
+        return [torch.from_numpy(found[name].copy()) for name in names], codes
