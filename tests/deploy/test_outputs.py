@@ -100,6 +100,25 @@ def test_an_image_whose_outputs_all_differ_counts_once():
         report.name_outputs(["a", "b"], 1)
 
 
+@pytest.mark.parametrize(
+    ("pixels", "codes_agree", "wrong"), [(1, True, 1), (1, False, 0), (4, False, 0), (5, False, 1)]
+)
+def test_where_codes_differ_one_pixel_in_a_thousand_may(pixels, codes_agree, wrong):
+    from bitwright.deploy.comparison import VerifyReport
+    from bitwright.deploy.verify import compare_outputs
+
+    trained = torch.zeros(2, 3, 64, 64)
+    trained[:, 1] = 1.0
+    file = trained.clone()
+    file[0, 2, 0, :pixels] = 2.0
+    file[1, 2, 5] = 1 + 1e-7  # a tie by rounding
+    clean = torch.tensor([codes_agree, True])
+    report = VerifyReport("f", [])
+    trained[1, 2, 5] = 1 - 1e-7
+    compare_outputs(report, [trained], [trained], [file], clean, lambda rows: [trained[rows].double()])
+    assert (report.different_frozen, report.different_file) == (0, wrong)
+
+
 def test_outputs_that_are_no_rows_of_images_or_no_floats(tmp_path):
     class Odd(nn.Module):
         def __init__(self):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitwright.batches import each_batch, one_tensor, outputs_of
 from bitwright.calibrate import evaluating
-from bitwright.deploy.comparison import InputRow, VerifyReport, WeightRow
+from bitwright.deploy.comparison import FLIP_RATE, InputRow, VerifyReport, WeightRow
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntLayer
 from bitwright.deploy.targets import OPEN, target_of
@@ -21,6 +21,8 @@ from bitwright.prepare import quantizers
 from bitwright.wrappers import unwrap
 
 RUNTIMES = ("default", "native")
+# Shares of the largest output below which classes tie: in exact arithmetic, and in the maps of float32 sums.
+TIE, DENSE_TIE = 1e-12, 1e-6
 
 
 def verify(model: nn.Module, path: str | Path, batches: Iterable[Any], *, runtime: str = "default") -> VerifyReport:
@@ -222,14 +224,21 @@ def differing(a: Tensor, b: Tensor) -> Tensor:
     return (a != b).reshape(a.shape[0], -1).any(1)
 
 
-def among_best(outputs: Tensor, predicted: Tensor, axis: int) -> Tensor:
-    """Which images have an output at every predicted class that is the largest one, or tied with it, (images,) bool.
+def beaten(outputs: Tensor, predicted: Tensor, axis: int, clean: Tensor) -> Tensor:
+    """Which images have a prediction that is not among the largest outputs, (images,) bool.
 
-    Sums of integers tie in earnest, and then rounding, here in float64, decides which of the classes comes first.
+    Sums of integers tie in earnest, and then rounding, here in float64, decides which of the classes comes first. A
+    map has thousands of predictions an image: among them are ties by float32's rounding, and where codes differ, as
+    some may, one pixel in a thousand may as well, or one.
+
+    clean: images whose codes agree everywhere.
     """
+    dense = outputs.ndim == 4
     found = outputs.gather(axis, predicted.unsqueeze(axis)).squeeze(axis)
-    reached = found >= outputs.amax(axis) - 1e-12 * outputs.abs().amax()
-    return reached.reshape(len(reached), -1).all(1)
+    tie = (DENSE_TIE if dense else TIE) * outputs.abs().amax()
+    wrong = (found < outputs.amax(axis) - tie).reshape(len(found), -1)
+    allowed = torch.where(clean, 0.0, max(1.0, FLIP_RATE * wrong.shape[1])) if dense else torch.zeros(len(found))
+    return wrong.sum(1) > allowed
 
 
 def in_rows(output: Tensor, images: int) -> Tensor:
@@ -266,8 +275,9 @@ def compare_outputs(
         again = [t.argmax(axis) for t, axis in zip(outputs, axes, strict=True)]
         ours, integers, theirs = ([t[undecided] for t in form] for form in (ours, integers, theirs))
         report.float32_differs += int(anywhere(differing, again, ours).sum())
-        report.different_frozen += int(anywhere(beaten, outputs, integers, axes).sum())
-        report.different_file += int(anywhere(beaten, outputs, theirs, axes).sum())
+        agree = [clean[undecided]] * len(outputs)
+        report.different_frozen += int(anywhere(beaten, outputs, integers, axes, agree).sum())
+        report.different_file += int(anywhere(beaten, outputs, theirs, axes, agree).sum())
     report.images += images
     report.clean_images += int(clean.sum())
     for row, ours_k, theirs_k in zip(report.outputs, forms[0], forms[2], strict=True):
@@ -277,8 +287,3 @@ def compare_outputs(
 def anywhere(different: Callable[..., Tensor], *forms: Sequence[Any]) -> Tensor:
     """Which images differ in any output, (images,) bool."""
     return torch.stack([different(*each) for each in zip(*forms, strict=True)]).any(0)
-
-
-def beaten(outputs: Tensor, predicted: Tensor, axis: int) -> Tensor:
-    """Which images have a prediction that is not among the largest outputs, (images,) bool."""
-    return ~among_best(outputs, predicted, axis)
