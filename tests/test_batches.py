@@ -1,6 +1,6 @@
 """What a batch may be."""
 
-from collections import UserDict
+from collections import UserDict, namedtuple
 
 import onnxruntime
 import pytest
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bitwright as bw
-from bitwright.batches import each_batch, example_of, inputs_of, one_tensor, output_of
+from bitwright.batches import each_batch, example_of, inputs_of, one_tensor, outputs_of
 from bitwright.costs import cost_table
 from bitwright.deploy.probe import fed
 from bitwright.errors import BitwrightError
@@ -110,15 +110,28 @@ def test_an_example_has_no_gradient_and_no_labels() -> None:
         one_tensor(inputs_of({"left": x, "right": x}, "verify"), "verify")
 
 
-def test_the_only_tensor_of_an_output() -> None:
-    x = torch.ones(2)
-    for output in (x, {"logits": x}, (x,), {"logits": x, "loss": None}, {"loss": torch.ones(1), "logits": x}):
-        assert output_of(output, "verify") is x
-    for output in ({"a": x, "b": x}, (), None):
-        with pytest.raises(BitwrightError, match=r"^verify: takes models of one tensor out, .*; this one gives a \w+"):
-            output_of(output, "verify")
-    with pytest.raises(BitwrightError, match=r"a dict with 2 \(a, b\); wrap the model"):
-        output_of({"a": x, "b": x}, "verify")
+Boxes = namedtuple("Boxes", "scores corners")
+
+
+def test_the_tensors_of_an_output_by_name() -> None:
+    x, y = torch.ones(2), torch.zeros(2)
+    for output in (x, {"out": x}, (x,), {"logits": x, "loss": None}, {"loss": torch.ones(1), "logits": x}):
+        found = outputs_of(output, "verify")
+        assert [*found] == ["logits"]
+        assert found["logits"] is x
+    names = {
+        ("out", "aux"): {"out": x, "aux": y},
+        ("output_0", "output_1"): (x, y),
+        ("output_0_0", "output_1_0", "output_1_1"): ([x], [x, y]),
+        ("scores", "corners"): Boxes(x, y),
+        ("output_input", "p_3", "last_0", "last_1"): {"input": x, "p.3": y, "last": (x, y), "step": 7},
+    }
+    for expected, output in names.items():
+        assert tuple(outputs_of(output, "verify")) == expected
+    assert outputs_of({"out": x, "aux": y}, "verify")["aux"] is y
+    for output in ((), None, {"loss": None}):
+        with pytest.raises(BitwrightError, match=r"^verify: takes models of tensors out; .* without any$"):
+            outputs_of(output, "verify")
 
 
 class Masked(nn.Module):

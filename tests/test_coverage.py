@@ -21,18 +21,20 @@ def test_layers_without_a_quantized_form_are_listed_with_the_reason():
         nn.Conv2d(3, 4, 1),
         Standardized(4, 4, 1),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)),
-        nn.ConvTranspose2d(4, 4, 1),
+        nn.Unflatten(1, (4, 1)),
+        nn.Conv3d(4, 4, 1),
+        nn.Flatten(1, 2),
         nn.Conv2d(4, 2, 1),
     )
     x = torch.randn(2, 3, 5, 5)
-    bw.calibrate(bw.prepare(model, [*bw.rules("w4a4", ends=None), Rule(match="4", weight=None, input=None)]), [x])
+    bw.calibrate(bw.prepare(model, [*bw.rules("w4a4", ends=None), Rule(match="6", weight=None, input=None)]), [x])
     found = bw.coverage(model, (x, "target"))
     assert found.complete
-    assert found.float_layers == ("1", "2", "3", "4")
-    assert found.notes.keys() == {"1", "2", "3"}, "a layer left out by rule needs no excuse"
+    assert found.float_layers == ("1", "2", "4", "6")
+    assert found.notes.keys() == {"1", "2", "4"}, "a layer left out by rule needs no excuse"
     assert found.notes["1"] == "a Standardized: it cannot be quantized: its class is a Conv2d with a forward of its own"
     assert found.notes["2"].startswith("a ParametrizedConv2d:")
-    assert found.notes["3"] == "a ConvTranspose2d: layers of this class have no quantized form"
+    assert found.notes["4"] == "a Conv3d: layers of this class have no quantized form"
 
 
 def test_a_quantizer_that_did_not_run_or_let_everything_pass_is_missed():

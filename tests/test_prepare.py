@@ -122,14 +122,14 @@ class Plainly(nn.Conv2d):
 
 def test_layers_without_a_quantized_form_are_named_once_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     def net() -> nn.Module:
-        parts = [nn.Conv2d(3, 4, 3), Plainly(4, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.ConvTranspose2d(4, 2, 2)]
+        parts = [nn.Conv2d(3, 4, 3), Plainly(4, 4, 3), nn.Conv3d(4, 4, 3), nn.Conv3d(4, 2, 2)]
         return nn.Sequential(*parts, nn.Flatten(), nn.Linear(8, 2))
 
     warn_once.cache_clear()
     for _ in range(2):
         bw.prepare(net(), bw.rules("w4a4"))
     assert [r.message for r in caplog.records] == [
-        "bitwright: 1 Plainly, 2 ConvTranspose2d stay float (1, 2, 3): it cannot be quantized: Conv2d itself "
+        "bitwright: 1 Plainly, 2 Conv3d stay float (1, 2, 3): it cannot be quantized: Conv2d itself "
         "is, not classes that derive from it; bitwright.coverage lists all"
     ]
     caplog.clear()

@@ -171,3 +171,20 @@ def test_distillation_in_a_step_leaves_the_teacher_alone():
     assert not any(p.requires_grad for p in teacher.parameters())
     with pytest.raises(bw.BitwrightError, match="temperature=0"):
         bw.KD(teacher, temperature=0)
+
+
+def test_a_model_may_put_out_a_dict():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return {"out": self.fc(x), "aux": 2 * self.fc(x), "step": 1}
+
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    step = bw.Step(model, lambda out, y: F.mse_loss(out["out"], y) + 0.4 * F.mse_loss(out["aux"], y), optimizer)
+    result = step(torch.randn(4, 3), torch.zeros(4, 2))
+    assert result.outputs["aux"].shape == (4, 2)
+    assert not result.outputs["aux"].requires_grad

@@ -99,9 +99,15 @@ def test_logits_of_a_convolution_are_not_quantized_in_another_shape_either():
         "flattened": (nn.Conv2d(4, 5, 4), nn.Flatten()),
         "squeezed": (nn.Conv2d(4, 5, 4), nn.Flatten(2), nn.Flatten()),
         "a map": (nn.Conv2d(4, 5, 1),),
+        "a mask at the picture's size": (nn.Conv2d(4, 5, 1), nn.Upsample(scale_factor=2, mode="bilinear")),
+        "a super-resolved picture": (nn.Conv2d(4, 12, 1), nn.PixelShuffle(2)),
+        "a generated picture": (nn.ConvTranspose2d(4, 3, 2, 2), nn.Tanh()),
+        "probabilities": (nn.Conv2d(4, 5, 1), nn.Softmax(1)),
     }
     for name, head in heads.items():
         assert found(nn.Sequential(*first, *head), 3, 6, 6) == [], name
+    # A picture that one convolution goes on reading, quantized, is quantized once.
+    assert found(nn.Sequential(*first, nn.Conv2d(4, 12, 1), nn.PixelShuffle(2), nn.Conv2d(3, 2, 1)), 3, 6, 6) == []
     # Pooled logits are means of codes.
     assert found(nn.Sequential(*first, nn.Conv2d(4, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 3, 6, 6) == ["2"]
 

@@ -1,6 +1,7 @@
 """What a batch may be, wherever the library runs a model on data of the user's."""
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten_with_path
 
 from bitwright.errors import BitwrightError
 
@@ -119,41 +120,48 @@ def deployed(inputs: Inputs) -> Inputs:
     return inputs._replace(kwargs={k: v for k, v in inputs.kwargs.items() if k != "labels"})
 
 
-def output_of(output: Any, who: str) -> Tensor:
-    """The tensor that a model puts out: alone, a dict's or dataclass's `logits`, or the only one in a tuple or dict.
+def outputs_of(output: Any, who: str) -> dict[str, Tensor]:
+    """The tensors that a model puts out, in order, by the names that files give them.
+
+    One alone, as it is or in a dict, tuple or dataclass, is `logits`, and so is what is called `logits` among others:
+    what Hugging Face's models give beside it (a loss, hidden states, caches) is not deployed. Of several each has its
+    key, its keys joined by `_` where they are nested, and behind `output_` where that is a number: `out`, `aux`,
+    `output_0`, `boxes_1`.
 
     Raises:
-        BitwrightError: there is none, or more than one.
+        BitwrightError: there is none.
     """
     named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(named, Tensor):
-        return named
-    found = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-    if len(found) != 1:
-        names = [str(k) for k, v in output.items() if isinstance(v, Tensor)] if isinstance(output, Mapping) else []
-        said = f" ({', '.join(names)})" if names else ""
-        raise BitwrightError(
-            f"{who}: takes models of one tensor out, or of one named logits; this one gives {described(output)} with "
-            f"{len(found)}{said}; wrap the model in a module that returns one"
-        )
-    return found[0]
+        return {"logits": named}
+    found = [(path, t) for path, t in tree_flatten_with_path(output)[0] if isinstance(t, Tensor)]
+    if not found:
+        raise BitwrightError(f"{who}: takes models of tensors out; this one gives {described(output)} without any")
+    if len(found) == 1:
+        return {"logits": found[0][1]}
+    names = ["_".join(re.sub(r"\W", "_", key_of(part)) for part in path) for path, _ in found]
+    names = [f"output_{name}" if not name or name[0].isdigit() or name == "input" else name for name in names]
+    names = [f"{name}_{names[:i].count(name)}" if name in names[:i] else name for i, name in enumerate(names)]
+    return {name: t for name, (_, t) in zip(names, found, strict=True)}
+
+
+def key_of(part: Any) -> str:
+    """One step of a path into a nested output: a dict's key, an attribute's name or an index."""
+    return str(next(getattr(part, what) for what in ("key", "name", "idx") if hasattr(part, what)))
 
 
 @contextmanager
 def exportable(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
-    """What torch's exporters can call: `model` puts out its one tensor (see `output_of`; all it has, where that is
-    several), and of `inputs` the tensors alone are left; the other arguments are constants meanwhile.
+    """What torch's exporters can call: `model` puts out its tensors (see `outputs_of`), and of `inputs` the tensors
+    alone are left; the other arguments are constants meanwhile.
     """
     own, forward = vars(model).get("forward"), model.forward
     constants = {k: v for k, v in inputs.kwargs.items() if not isinstance(v, Tensor)}
 
     @functools.wraps(forward)
     def alone(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **{**constants, **kwargs})
-        try:
-            return output_of(output, "export")
-        except BitwrightError:
-            return output
+        tensors = [*outputs_of(forward(*args, **{**constants, **kwargs}), "export").values()]
+        return tensors[0] if len(tensors) == 1 else tensors
 
     model.forward = alone
     try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from bitwright.errors import BitwrightError
 from bitwright.grids.base import as_float
@@ -18,7 +19,12 @@ class StepResult:
 
     loss: Tensor
     losses: dict[str, Tensor]
-    outputs: Tensor
+    outputs: Any
+
+
+def detached(value: Any) -> Any:
+    """A tensor without its graph; what else a model puts out as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 class Step:
@@ -93,7 +99,9 @@ class Step:
                     raise BitwrightError(f"methods: the loss name {min(taken)!r} is used twice")
                 losses.update(more)
         total = torch.stack([as_float(v) for v in losses.values()]).sum()
-        self.result = StepResult(total.detach(), {k: v.detach() for k, v in losses.items()}, outputs.detach())
+        self.result = StepResult(
+            total.detach(), {k: v.detach() for k, v in losses.items()}, tree_map(detached, outputs)
+        )
         return total
 
     def default_backward(self) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from bitwright.errors import BitwrightError
 from bitwright.flow import Flow, Value, trace
-from bitwright.layers import candidates, is_quantized, multiplies
+from bitwright.layers import CONVOLUTIONS, candidates, is_quantized, multiplies
 from bitwright.rules import Rule, resolve, weight_layers
 from bitwright.spec import QuantizerSpec
 from bitwright.wrappers import unwrap
@@ -25,7 +25,10 @@ FUSED = {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "clip"}
 MOVED = {
     *("max_pool1d", "max_pool2d", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze"),
     *("unsqueeze", "__getitem__", "contiguous", "clone", "dropout", "pad"),
+    "pixel_shuffle",
 }
+# What a network makes of its last layer: a mask at the picture's size, a probability, a pixel.
+LAST = {"interpolate", "sigmoid", "tanh", "softmax", "log_softmax"}
 ADDITIONS = {"add", "__add__", "__radd__", "__iadd__"}
 
 
@@ -126,7 +129,7 @@ def integer_layers(model: nn.Module, rules: Sequence[Rule] | None) -> Mapping[st
 
 def places(model: nn.Module, flow: Flow, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Value]]:
     """Names of the modules whose outputs need a quantizer for `res8`, and these outputs, in the order of execution."""
-    convolutions = {n for n, m in layers.items() if isinstance(m, nn.Conv1d | nn.Conv2d)}
+    convolutions = {n for n, m in layers.items() if isinstance(m, CONVOLUTIONS)}
     sums: set[Value] = set()
     for value in flow.values:
         if value.kind.startswith("conv") and value.owner in convolutions:
@@ -148,8 +151,8 @@ def places(model: nn.Module, flow: Flow, layers: Mapping[str, nn.Module]) -> Ite
 
 
 def is_output(value: Value) -> bool:
-    """Whether the network puts out `value`, maybe in another shape: quantized logits would tie."""
-    return value.leaves or any(r.kind in MOVED and is_output(r) for r in value.readers)
+    """Whether the network puts out `value`, maybe in another shape or size or squashed: quantized logits would tie."""
+    return value.leaves or any(r.kind in MOVED | LAST and is_output(r) for r in value.readers)
 
 
 def is_sum(value: Value) -> bool:

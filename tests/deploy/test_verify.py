@@ -223,12 +223,12 @@ def test_float64_decides_where_float32_cannot():
     trained, file = torch.tensor([[1.0, 1.0], [2.0, 1.0]]), torch.tensor([[0.0, 1.0], [2.0, 1.0]])
     asked = []
 
-    def exact(rows: torch.Tensor) -> torch.Tensor:
+    def exact(rows: torch.Tensor) -> list[torch.Tensor]:
         asked.append(rows.tolist())
-        return torch.tensor([[1.0, 1.0 + 2.0**-30]], dtype=torch.float64)
+        return [torch.tensor([[1.0, 1.0 + 2.0**-30]], dtype=torch.float64)]
 
     report = VerifyReport("f", [])
-    compare_outputs(report, trained, file, file, torch.ones(2, dtype=torch.bool), exact)
+    compare_outputs(report, [trained], [file], [file], torch.ones(2, dtype=torch.bool), exact)
     assert asked == [[True, False]]
     assert (report.float32_differs, report.different_frozen, report.different_file) == (1, 0, 0)
 
@@ -237,7 +237,8 @@ def test_float64_decides_where_float32_cannot():
 def test_what_float64_does_not_explain_stays_a_difference(answer):
     trained, file = torch.tensor([[1.0, 0.0], [2.0, 1.0]]), torch.tensor([[0.0, 1.0], [2.0, 1.0]])
     report = VerifyReport("f", [])
-    compare_outputs(report, trained, trained, file, torch.ones(2, dtype=torch.bool), lambda _: answer)
+    answers = None if answer is None else [answer]
+    compare_outputs(report, [trained], [trained], [file], torch.ones(2, dtype=torch.bool), lambda _: answers)
     assert (report.float32_differs, report.different_frozen, report.different_file) == (0, 0, 1)
     assert not report.ok
 
@@ -247,7 +248,7 @@ def test_classes_that_tie_in_exact_arithmetic_are_no_difference(gap, wrong):
     report = VerifyReport("file", [])
     exact = torch.tensor([[0.0, 0.5 + gap, 0.5]], dtype=torch.float64)
     trained, file = torch.tensor([[0.0, 0.5, 0.5]]), torch.tensor([[0.0, 0.5, 0.5 + 1e-7]])
-    compare_outputs(report, trained, file, file, torch.ones(1, dtype=torch.bool), lambda _: exact)
+    compare_outputs(report, [trained], [file], [file], torch.ones(1, dtype=torch.bool), lambda _: [exact])
     assert (report.float32_differs, report.different_frozen, report.different_file) == (0, wrong, wrong)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.batches import output_of
+from bitwright.batches import outputs_of
 from bitwright.errors import BitwrightError
 from bitwright.prepare import set_bypass
 from bitwright.training.vision import import_torchvision
@@ -81,10 +81,10 @@ def test_products_are_quantized_and_else_the_model_is_what_it_was(name: str) -> 
     operands = [n for n in found.ran if n.endswith(("query_quantizer", "attention_quantizer"))]
     assert len(operands) == 2
     with torch.no_grad():
-        expected = output_of(plain(**batch), "test")
-        quantized = output_of(model(**batch), "test")
+        expected = outputs_of(plain(**batch), "test")["logits"]
+        quantized = outputs_of(model(**batch), "test")["logits"]
         set_bypass(bw.quantizers(model).values(), True)
-        float_again = output_of(model(**batch), "test")
+        float_again = outputs_of(model(**batch), "test")["logits"]
     kept = batch.get("attention_mask", torch.ones(3, 1)).bool() if expected.ndim == 3 else slice(None)
     if isinstance(kept, Tensor) and kept.shape[1] != expected.shape[1]:
         kept = slice(None)

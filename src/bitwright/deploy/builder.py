@@ -56,15 +56,28 @@ def clippings(graph: GraphProto) -> dict[str, Clipping]:
     return found
 
 
+def shuffles(graph: GraphProto) -> dict[str, NodeProto]:
+    """Nodes that lay channels out as pixels (DepthToSpace), and cuts of what they make, by output.
+
+    Those whose output one node alone reads.
+    """
+    once, found = read_once(graph), {}
+    for node in graph.node:
+        if node.op_type == "DepthToSpace" or (node.op_type == "Slice" and node.input[0] in found):
+            found[node.output[0]] = node
+    return {name: node for name, node in found.items() if name in once}
+
+
 @dataclass
 class GraphBuilder:
     """Nodes and initializers so far.
 
-    clippings: of the exported graph. absorbed: outputs of nodes that became part of a quantizer: these as bounds of its
-    codes. read_once: names of the exported graph, see there.
+    clippings, shuffles: of the exported graph. absorbed: outputs of nodes that became part of a quantizer: clippings as
+    bounds of its codes, shuffles behind it. read_once: names of the exported graph, see there.
     """
 
     clippings: dict[str, Clipping] = field(default_factory=dict)
+    shuffles: dict[str, NodeProto] = field(default_factory=dict)
     read_once: set[str] = field(default_factory=set)
     absorbed: set[str] = field(default_factory=set)
     nodes: list[NodeProto] = field(default_factory=list)
@@ -104,11 +117,12 @@ class GraphBuilder:
         if codes.shared:
             return x if pads is None else self.padded(x, pads, mode, at)
         base = container_zero(codes)
-        x, low, high = self.unclipped(codes, x)
+        x, low, high, behind = self.unclipped(codes, x)
         lo, hi = low + base, high + base
         per_axis = {} if codes.per_tensor else {"axis": codes.axis}
         narrow = (lo, hi) != (0, 255)
-        out = f"{at}.codes"
+        last = f"{at}.codes"
+        out = f"{at}.channels" if behind else last
         scale = zero = ""
         if codes.whole:
             scale = self.input_scale(codes)
@@ -123,6 +137,12 @@ class GraphBuilder:
         if narrow:
             bounds = [self.scalar(lo, np.uint8) if lo > 0 else "", self.scalar(hi, np.uint8) if hi < 255 else ""]
             k = self.node("Clip", [k, *bounds] if bounds[1] else [k, bounds[0]], out)
+        for i, shuffle in enumerate(behind, 1):
+            moved = NodeProto()
+            moved.CopyFrom(shuffle)
+            moved.input[0], moved.output[0] = k, last if i == len(behind) else f"{at}.shuffled{i}"
+            self.nodes.append(moved)
+            k = moved.output[0]
         if codes.whole and integer:
             if pads is not None:
                 k = self.padded(k, pads, mode, at)
@@ -160,20 +180,25 @@ class GraphBuilder:
         full = np.array([0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
         return self.node("Pad", [x, self.constant(f"{at}.pads", full)], f"{at}.padded", mode=PAD_MODES[mode])
 
-    def unclipped(self, codes: InputCodes, x: str) -> tuple[str, int, int]:
-        """(tensor, lowest code, highest code): Relus and Clips in front of a quantizer as bounds of its codes.
+    def unclipped(self, codes: InputCodes, x: str) -> tuple[str, int, int, list[NodeProto]]:
+        """(tensor, lowest code, highest code, nodes to come behind): what stands in front of a quantizer and need not.
 
-        Rounding is monotonic, so clipping before it and after it are the same; and a runtime merges a convolution with
-        the quantizer that directly follows, whatever the bounds and the signedness.
+        Relus and Clips become bounds of its codes: rounding is monotonic, so clipping before it and after it are the
+        same. Shuffles of pixels come behind it. For a runtime merges a convolution with the quantizer that directly
+        follows, whatever the bounds and the signedness.
         """
-        lo, hi = codes.lo, codes.hi
+        lo, hi, behind = codes.lo, codes.hi, []
         if not (codes.whole and codes.per_tensor):
-            return x, lo, hi
+            return x, lo, hi, behind
         scale, zero = codes.scale.numpy()[0], int(codes.zero[0])
-        while x in self.clippings:
-            clipping = self.clippings[x]
+        while x in self.clippings or x in self.shuffles:
             self.absorbed.add(x)
+            if x in self.shuffles:
+                behind.insert(0, self.shuffles[x])
+                x = behind[0].input[0]
+                continue
+            clipping = self.clippings[x]
             x = clipping.source
             lowest, highest = (np.rint(np.float32(v) / scale) + zero for v in (clipping.low, clipping.high))
             lo, hi = int(np.clip(lowest, lo, hi)), int(np.clip(highest, lo, hi))
-        return x, lo, hi
+        return x, lo, hi, behind

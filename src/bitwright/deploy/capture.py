@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from bitwright.batches import exportable, inputs_of
 from bitwright.deploy.integer import symbol
 from bitwright.errors import BitwrightError
-from bitwright.layers import QuantBatchNorm2d, QuantConv1d, QuantConv2d, QuantProduct, attach_output, has_output
+from bitwright.layers import QuantBatchNorm2d, QuantConv, QuantProduct, attach_output, has_output
 from bitwright.layers.reproducible import FoldedNorm
 from bitwright.prepare import quant_layers, quantizers, set_bypass
 from bitwright.quantizer import Quantizer
@@ -26,12 +26,15 @@ CONVOLUTIONS: dict[Any, int] = {  # axes of the output
     ATEN.conv2d.default: 4,
     ATEN.conv1d.padding: 3,
     ATEN.conv2d.padding: 4,
+    ATEN.conv_transpose1d.default: 3,
+    ATEN.conv_transpose2d.input: 4,
 }
 # Runtimes merge these into the convolution before and the quantizer behind, or move the quantizer before them.
 PASSED = {
     *(ATEN.relu, ATEN.relu_, ATEN.relu6, ATEN.hardtanh, ATEN.hardtanh_, ATEN.clamp, ATEN.clamp_min, ATEN.clamp_max),
     *(ATEN.view, ATEN.reshape, ATEN.flatten, ATEN.unflatten, ATEN.permute, ATEN.transpose, ATEN.squeeze),
     *(ATEN.unsqueeze, ATEN.slice, ATEN.max_pool1d, ATEN.max_pool2d, ATEN.dropout, ATEN.contiguous, ATEN.clone),
+    ATEN.pixel_shuffle,
 }
 
 
@@ -200,7 +203,7 @@ def layer_of(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
     if axes is None or node.meta["val"].ndim != axes:
         return None
     name = owner_of(node)
-    return name if isinstance(modules.get(name), QuantConv1d | QuantConv2d | QuantProduct) else None
+    return name if isinstance(modules.get(name), QuantConv | QuantProduct) else None
 
 
 def owner_of(node: fx.Node) -> str:

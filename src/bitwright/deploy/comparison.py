@@ -1,11 +1,13 @@
 """What `verify` compares and when a difference is beyond what rounding explains."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitwright.errors import BitwrightError
 from bitwright.layers import OUTPUT
 
 # Two exact implementations still disagree where float32 rounding upstream (a norm, a softmax, a requantization) puts
@@ -106,6 +108,36 @@ class WeightRow:
 
 
 @dataclass
+class OutputRow:
+    """One output of the network, training form against file: largest absolute difference, over clean images, and size.
+
+    name: as files call it.
+    """
+
+    name: str = "logits"
+    difference: float = 0.0
+    clean_difference: float = 0.0
+    largest: float = 0.0
+
+    def add(self, trained: Tensor, file: Tensor, clean: Tensor) -> None:
+        """Take in one batch, a row per image."""
+        distance = (trained - file).abs().reshape(len(clean), -1).amax(1)
+        self.difference = max(self.difference, float(distance.max()))
+        self.largest = max(self.largest, float(trained.abs().max()))
+        if bool(clean.any()):
+            self.clean_difference = max(self.clean_difference, float(distance[clean].max()))
+
+    def off(self) -> str | None:
+        """What is beyond tolerance, or None."""
+        if self.clean_difference <= LOGIT_RATE * self.largest:
+            return None
+        return (
+            f"output: {self.name} differ by {self.clean_difference:.3g} where all codes agree; "
+            f"the largest is {self.largest:.3g}"
+        )
+
+
+@dataclass
 class VerifyReport:
     """What `verify` found.
 
@@ -113,10 +145,9 @@ class VerifyReport:
     compared. clean_images: of these, images whose codes agree everywhere in all three forms. different_frozen,
     different_file: images on which the predictions of the training form differ from the frozen form's and from the
     file's. float32_differs: images on which the training form in float32 disagrees with the other forms, and with
-    itself in float64, which is then what they are compared with. logit_difference: largest absolute difference of
-    logits between training form and file;
-    clean_logit_difference: over clean images.
-    largest_logit: largest |logit|. file_difference: what a target found by itself whose weights cannot be seen.
+    itself in float64, which is then what they are compared with. outputs: what the network puts out, by name;
+    logit_difference, clean_logit_difference, largest_logit: the largest of them all. file_difference: what a target
+    found by itself whose weights cannot be seen.
     first_difference: one line, None where everything is within tolerance.
     """
 
@@ -128,10 +159,37 @@ class VerifyReport:
     different_frozen: int = 0
     different_file: int = 0
     float32_differs: int = 0
-    logit_difference: float = 0.0
-    clean_logit_difference: float = 0.0
-    largest_logit: float = 0.0
+    outputs: list[OutputRow] = field(default_factory=lambda: [OutputRow()])
     file_difference: str | None = None
+
+    def name_outputs(self, outputs: Iterable[str], found: int) -> None:
+        """Make a row for each of the network's outputs, of which the file has `found`.
+
+        Raises:
+            BitwrightError: the file has more or fewer.
+        """
+        names = list(outputs)
+        if found != len(names):
+            raise BitwrightError(
+                f"{self.path}: is of another network: it has {found} outputs, the network has {len(names)}"
+            )
+        if [row.name for row in self.outputs] != names:
+            self.outputs = [OutputRow(name) for name in names]
+
+    @property
+    def logit_difference(self) -> float:
+        """Largest absolute difference of outputs between training form and file."""
+        return max(row.difference for row in self.outputs)
+
+    @property
+    def clean_logit_difference(self) -> float:
+        """The same over clean images."""
+        return max(row.clean_difference for row in self.outputs)
+
+    @property
+    def largest_logit(self) -> float:
+        """Largest |output| of the training form."""
+        return max(row.largest for row in self.outputs)
 
     @property
     def first_difference(self) -> str | None:
@@ -144,12 +202,7 @@ class VerifyReport:
             where = f"codes first differ at {moved[0]}" if moved else "all codes agree"
             count = max(self.different_frozen, self.different_file)
             return f"output: {count} of {self.images} predictions differ; {where}"
-        if self.clean_logit_difference > LOGIT_RATE * self.largest_logit:
-            return (
-                f"output: logits differ by {self.clean_logit_difference:.3g} where all codes agree; "
-                f"the largest logit is {self.largest_logit:.3g}"
-            )
-        return self.file_difference
+        return next((off for row in self.outputs if (off := row.off()) is not None), self.file_difference)
 
     @property
     def ok(self) -> bool:
@@ -190,4 +243,11 @@ class VerifyReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        return {**asdict(self), "ok": self.ok, "first_difference": self.first_difference, "layers": self.rows()}
+        sizes = {name: getattr(self, name) for name in ("logit_difference", "clean_logit_difference", "largest_logit")}
+        return {
+            **asdict(self),
+            **sizes,
+            "ok": self.ok,
+            "first_difference": self.first_difference,
+            "layers": self.rows(),
+        }

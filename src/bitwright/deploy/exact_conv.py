@@ -25,7 +25,18 @@ SCALES, BIAS_SUMS = ".scales", ".bias_sums"
 # Where sums may be too large, weights and biases are taken apart at this power of two.
 HIGH = 16
 # Runtimes move a quantizer in front of these, or make bounds of codes of them.
-SEEN_THROUGH = {"Relu", "Clip", "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice"}
+SEEN_THROUGH = {
+    "Relu",
+    "Clip",
+    "MaxPool",
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "DepthToSpace",
+}
 
 
 def bounds(layer: IntConv) -> torch.Tensor:

@@ -17,7 +17,9 @@ from bitwright.wrappers import unwrap
 def export(model: nn.Module, path: str | Path, example: Any, *, target: str = "onnx") -> ExportReport:
     """Write the deployable file of a trained model; input `input`, output `logits` where the format names them.
 
-    Of a model of several inputs, or of keywords, the file's inputs are called as `forward` calls them.
+    Of a model of several inputs, or of keywords, the file's inputs are called as `forward` calls them. A model that
+    puts out several tensors (a tuple, a list, a dict, nested ones) has an output for each: `out` and `aux` for a dict
+    of these keys, `output_0`, `output_1` for a tuple (`bitwright.batches.outputs_of`).
 
     The file is written beside its destination, checked, opened and run by its runtime at default settings, and
     only then moved there: after any failure, what was there before still is.

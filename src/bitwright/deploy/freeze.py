@@ -22,13 +22,16 @@ from bitwright.deploy.integer import (
     IntLinear,
     OutputCodes,
 )
+from bitwright.deploy.phases import IntConvTranspose, PhaseConv
 from bitwright.errors import BitwrightError
 from bitwright.layers import (
     OUTPUT,
     QuantAdd,
+    QuantConv,
     QuantConv1d,
     QuantConv2d,
     QuantConv2dSame,
+    QuantConvTranspose,
     QuantEmbedding,
     QuantLayer,
     QuantMultiheadAttention,
@@ -183,9 +186,9 @@ def weight_and_bias(
     bias = folded_bias(getattr(layer, "bias", None), norm)
     if layer.weight_quantizer is None:
         factor = 1.0 if norm is None else norm_affine(norm)[0].view(-1, *[1] * (raw.ndim - 1))
-        return (raw.detach().double() * factor).float(), bias, None
-    weight = folded_weight(integer_weight(layer.weight_quantizer, raw, name), norm)
-    convolution = isinstance(layer, QuantConv1d | QuantConv2d) and weight.numbers.dtype == torch.int8
+        return (layer.outputs_first(raw).detach().double() * factor).float(), bias, None
+    weight = folded_weight(layer.arranged(integer_weight(layer.weight_quantizer, raw, name)), norm)
+    convolution = isinstance(layer, QuantConv) and weight.numbers.dtype == torch.int8
     if bias is None or codes is None or not codes.integer or not (convolution and on_sums(layer, plan)):
         return weight, bias, None
     return with_bias(weight, bias, codes.scale, codes.reach)
@@ -204,6 +207,8 @@ def frozen_weight_layer(layer: QuantLayer, name: str, plan: Plan, make: Callable
 @torch.no_grad()
 def frozen_layer(layer: QuantLayer, name: str, plan: Plan) -> nn.Module:
     """The integer form of one quantized layer; BitwrightError if it has none."""
+    if isinstance(layer, QuantConvTranspose):
+        return IntConvTranspose(layer, frozen_weight_layer(layer, name, plan, lambda **f: PhaseConv(layer, **f)))
     if isinstance(layer, QuantConv1d | QuantConv2d):
         same = isinstance(layer, QuantConv2dSame)
         return frozen_weight_layer(layer, name, plan, lambda **f: IntConv(layer, same=same, **f))

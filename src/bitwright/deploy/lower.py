@@ -14,7 +14,7 @@ import torch
 from onnx import NodeProto, TensorProto, helper
 from torch import nn
 
-from bitwright.deploy.builder import GraphBuilder, clippings, read_once
+from bitwright.deploy.builder import GraphBuilder, clippings, read_once, shuffles
 from bitwright.deploy.integer import DOMAIN, KEEP, InputCodes, IntConv, IntEmbedding, IntLayer, IntLinear
 from bitwright.deploy.packing import (
     BIAS,
@@ -27,10 +27,23 @@ from bitwright.deploy.packing import (
     unpack_function,
     varints,
 )
+from bitwright.deploy.phase_nodes import laid_out
+from bitwright.deploy.phases import PhaseConv
 from bitwright.errors import BitwrightError
+from bitwright.layers.fold import Weight
 
 # Ends of the names that `verify` and readers of a file ask for.
-ASKED_FOR = (".codes", ".weight", ".split_weight", ".bias", ".negative_bias", ".table_scale", ".scales", ".bias_sums")
+ASKED_FOR = (
+    ".codes",
+    ".taps",
+    ".weight",
+    ".split_weight",
+    ".bias",
+    ".negative_bias",
+    ".table_scale",
+    ".scales",
+    ".bias_sums",
+)
 
 
 @dataclass(frozen=True)
@@ -65,11 +78,16 @@ class Lowering(GraphBuilder):
 
     def unpacked(self, layer: IntLayer, transpose: bool) -> str:
         """The integer weight (FLOAT where it does not fit INT8), stored at its own width; made once per layer."""
-        weight, name = layer.packed, layer.name
-        assert weight is not None
-        out = f"{name}.codes"
+        name = layer.name
         if name in self.files:
-            return out
+            return f"{name}.codes"
+        if isinstance(layer, PhaseConv) and isinstance(layer.taps, Weight):
+            return laid_out(self, layer, self.stored(name, layer.taps, f"{name}.taps", False), f"{name}.codes")
+        assert layer.packed is not None
+        return self.stored(name, layer.packed, f"{name}.codes", transpose)
+
+    def stored(self, name: str, weight: Weight, out: str, transpose: bool) -> str:
+        """The integers of `weight` as the tensor `out`."""
         numbers = weight.numbers.numpy()
         stored = weight.stored.numpy()
         if transpose:
@@ -259,7 +277,8 @@ def lower(
         frozen: the frozen form that was exported.
         kind: what placeholders become; a target with operators of its own overrides some of `Lowering`.
     """
-    work = kind(clippings=clippings(model.graph), read_once=read_once(model.graph))
+    graph = model.graph
+    work = kind(clippings=clippings(graph), shuffles=shuffles(graph), read_once=read_once(graph))
     work.look_at(frozen)
     work.look_at_graph(model.graph)
     used = {name for node in model.graph.node for name in node.input}

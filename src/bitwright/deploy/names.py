@@ -16,6 +16,7 @@ ENDS = {
     ".input.codes": ".i",
     ".output.codes": ".o",
     ".codes": ".c",
+    ".taps": ".k",
     ".weight": ".w",
     ".split_weight": ".s",
     ".bias": ".b",

@@ -13,7 +13,7 @@ from bitwright.deploy.integer import InputCodes
 from bitwright.deploy.margins import exact_scales
 from bitwright.deploy.ties import part_ties
 from bitwright.grids.lsq import LSQ
-from bitwright.layers import QuantConv1d, QuantConv2d, QuantEmbedding, QuantProduct
+from bitwright.layers import QuantConv, QuantEmbedding, QuantProduct
 from bitwright.layers.fold import folded_bias, norm_affine
 from bitwright.layers.significant import (
     MOST,
@@ -57,10 +57,7 @@ def snap_biases(model: nn.Module, example: Any) -> int:
     plans = layer_plans(model, graph)
     count = 0
     for name, layer in quant_layers(model).items():
-        if (
-            isinstance(layer, QuantConv1d | QuantConv2d | QuantProduct | QuantEmbedding)
-            and layer.weight_quantizer is not None
-        ):
+        if isinstance(layer, QuantConv | QuantProduct | QuantEmbedding) and layer.weight_quantizer is not None:
             codes = input_codes(layer, "input_quantizer", name)
             surrounded = Surrounded(layer, name, plans.get(name, Plan(None)), codes)
             surrounded.shorten_scales()
@@ -119,7 +116,10 @@ class Surrounded:
         if self.plan.norm is not None:
             return self.plan.norm.weight  # pyright: ignore
         grid = self.layer.weight_quantizer.grid
-        return grid.scale if isinstance(grid, LSQ) and grid.scale.numel() > 1 else None
+        if not isinstance(grid, LSQ) or grid.scale.numel() == 1:
+            return None
+        # In groups of a transposed convolution, one scale serves several channels, which want several.
+        return grid.scale if grid.scale.numel() == self.layer.output_scales(grid.scale).numel() else None
 
     def shorten_scales(self) -> None:
         """Give all channels short scales, under which float32 rounds all sums rightly."""

@@ -27,7 +27,7 @@ class SATWeight(DoReFa):
 
     def constant(self, quantized: Tensor) -> Tensor:
         """1 / (sqrt(n_out) std(W_q)), a scalar without gradient; 1 where all weights have the same value."""
-        n_out = quantized.shape[0] * math.prod(quantized.shape[2:])
+        n_out = quantized.shape[self.shape.axis] * math.prod(quantized.shape[2:])
         std = quantized.detach().std(correction=min(1, quantized.numel() - 1))
         return torch.where(std > 0, 1.0 / (math.sqrt(n_out) * std), 1.0)
 

@@ -7,7 +7,7 @@ weights and float checkpoints stay what they were.
 from bitwright.layers.add import Add, QuantAdd
 from bitwright.layers.attention import QuantMultiheadAttention, scaled_dot_product
 from bitwright.layers.base import QuantLayer
-from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
+from bitwright.layers.conv import QuantConv, QuantConv1d, QuantConv2d, QuantConv2dSame
 from bitwright.layers.linear import QuantEmbedding, QuantLinear, QuantProduct
 from bitwright.layers.output import (
     OUTPUT,
@@ -20,6 +20,7 @@ from bitwright.layers.output import (
 )
 from bitwright.layers.swap import (
     COMPUTING,
+    CONVOLUTIONS,
     candidates,
     float_products,
     has_products,
@@ -32,17 +33,23 @@ from bitwright.layers.swap import (
     why_not,
     without_form,
 )
+from bitwright.layers.transposed import QuantConvTranspose, QuantConvTranspose1d, QuantConvTranspose2d
 from bitwright.layers.waiting import QuantBatchNorm2d, QuantGELU, let_wait
 
 __all__ = [
     "COMPUTING",
+    "CONVOLUTIONS",
     "OUTPUT",
     "Add",
     "QuantAdd",
     "QuantBatchNorm2d",
+    "QuantConv",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv2dSame",
+    "QuantConvTranspose",
+    "QuantConvTranspose1d",
+    "QuantConvTranspose2d",
     "QuantEmbedding",
     "QuantGELU",
     "QuantLayer",

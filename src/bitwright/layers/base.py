@@ -1,8 +1,11 @@
 """What quantized layers share: slots for quantizers and the two lines that use them."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from bitwright.grids import Shape
+from bitwright.layers.fold import Weight
 from bitwright.quantizer import Quantizer
 from bitwright.spec import QuantizerSpec
 
@@ -47,6 +50,19 @@ class QuantLayer(nn.Module):
         """The float weight that the quantizer in `slot` quantizes."""
         del slot
         return self.weight  # pyright: ignore[reportReturnType]
+
+    def outputs_first(self, weight: Tensor) -> Tensor:
+        """`weight`, in the layer's own layout, with the output channels along axis 0, as deployment has it."""
+        return weight
+
+    def output_scales(self, scale: Tensor) -> Tensor:
+        """The scales of a weight quantizer, one per output channel or (1,)."""
+        return scale
+
+    def arranged(self, weight: Weight) -> Weight:
+        """Integers in the layer's own layout as deployment has them."""
+        numbers, scale = self.outputs_first(weight.numbers), self.output_scales(weight.scale)
+        return replace(weight, numbers=numbers, scale=scale)
 
     def input_shape(self, per_channel: bool) -> Shape:
         """Shape of the layer's input; `per_channel` needs a layer that knows its channel axis."""

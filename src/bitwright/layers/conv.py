@@ -1,5 +1,6 @@
 """Quantized convolutions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from bitwright.layers.base import QuantLayer, apply
 from bitwright.layers.sums import Sums
 from bitwright.layers.whole import evaluates, exact_in_float, whole_input, whole_weight
 
+Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of input, weight and bias
+
 
 class QuantConv(QuantLayer):
     """What quantized convolutions share; groups and padding modes as in torch."""
@@ -20,25 +23,30 @@ class QuantConv(QuantLayer):
     _conv_forward: Any
 
     def forward(self, input: Tensor) -> Tensor:
+        return self.convolved(input, self._conv_forward)
+
+    def convolved(self, input: Tensor, convolve: Convolve) -> Tensor:
+        """`convolve(input, weight, bias)` of quantized operands."""
         x = apply(self.input_quantizer, input)
         if self.reproducible and not self.training and evaluates(x, self.weight, self.bias):
-            sums = self.sums(x)
+            sums = self.sums(x, convolve)
             if sums is not None:
                 return sums.noted()
         w = apply(self.weight_quantizer, self.weight)
         with keep_sources(x, w):
-            return self._conv_forward(x, w, self.bias)
+            return convolve(x, w, self.bias)
 
-    def sums(self, x: Tensor) -> Sums | None:
+    def sums(self, x: Tensor, convolve: Convolve) -> Sums | None:
         """The exact sums of the convolution of `x`, quantized already; None where it is not one of integers."""
-        left, right = whole_input(self.input_quantizer, x), whole_weight(self.weight_quantizer, self.weight)
+        left, found = whole_input(self.input_quantizer, x), whole_weight(self.weight_quantizer, self.weight)
         axes = self.weight.ndim
-        if left is None or right is None or x.ndim != axes:
+        if left is None or found is None or x.ndim != axes:
             return None
-        numbers = (left.numbers, right.numbers.float())
-        if not exact_in_float(numbers[0], numbers[1].flatten(1)):
+        right = self.arranged(found)
+        numbers = (left.numbers, found.numbers.float())
+        if not exact_in_float(left.numbers, right.numbers.float().flatten(1)):
             numbers = (numbers[0].double(), numbers[1].double())
-        sums = self._conv_forward(*numbers, None)
+        sums = convolve(*numbers, None)
         return Sums(sums, right, self.bias, left.scale, left.reach, axes - 2, axes, True)
 
 

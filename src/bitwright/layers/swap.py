@@ -10,8 +10,9 @@ from bitwright.errors import BitwrightError
 from bitwright.layers.add import Add, QuantAdd
 from bitwright.layers.attention import QuantMultiheadAttention
 from bitwright.layers.base import QuantLayer
-from bitwright.layers.conv import QuantConv1d, QuantConv2d, QuantConv2dSame
+from bitwright.layers.conv import QuantConv, QuantConv1d, QuantConv2d, QuantConv2dSame
 from bitwright.layers.linear import QuantEmbedding, QuantLinear, QuantProduct
+from bitwright.layers.transposed import QuantConvTranspose1d, QuantConvTranspose2d
 
 # Layers that compute with weights of their own: where they stay float, the user should know.
 COMPUTING = (
@@ -25,10 +26,14 @@ COMPUTING = (
     nn.RNNCellBase,
 )
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+
 # By exact type: a subclass may have a forward of its own, which a swap would silently replace.
 SWAPS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
     nn.Linear: QuantLinear,
     nn.modules.linear.NonDynamicallyQuantizableLinear: QuantLinear,
     nn.Embedding: QuantEmbedding,
@@ -142,7 +147,7 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
 def multiplies(module: nn.Module) -> bool:
     """Whether `module` is a convolution or linear layer that rules can give quantizers."""
     kind = target_class(module)
-    return kind is not None and issubclass(kind, QuantConv1d | QuantConv2d | QuantProduct)
+    return kind is not None and issubclass(kind, QuantConv | QuantProduct)
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -37,8 +37,8 @@ class NativeFile:
                 values = torch.from_numpy(weight.numbers.astype(np.float32) * weight.scale.reshape(shape))
                 self.weights[name] = values.T if isinstance(layer, IntLinear) else values
 
-    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """(logits, codes by quantizer and call)."""
+    def run(self, x: Inputs) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """(the output, codes by quantizer and call)."""
         values = self.session.values(one_tensor(x, "verify: the native runtime").numpy())
         codes = {}
         for name, count in self.network.calls.items():
@@ -46,4 +46,4 @@ class NativeFile:
             if all(t in values for t in tensors):
                 zero = container_zero(self.network.codes[name])
                 codes[name] = [torch.from_numpy(values[t].astype(np.int16)) - zero for t in tensors]
-        return torch.from_numpy(values[self.session.output]), codes
+        return [torch.from_numpy(values[self.session.output])], codes

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bitwright.batches import Inputs, output_of
+from bitwright.batches import Inputs, outputs_of
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.files import ExportReport, replacing, size_of
 from bitwright.deploy.freeze import freeze
@@ -165,6 +165,6 @@ class CompressedTensorsFolder:
         self.weights = {name: modules[name].weight.detach() for name in network.layers}
         self.biases = {n: modules[n].bias.detach() for n, layer in network.layers.items() if layer.bias is not None}
 
-    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Inputs) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         with torch.no_grad():
-            return output_of(x.run(self.model), "verify"), {}
+            return list(outputs_of(x.run(self.model), "verify").values()), {}

@@ -21,7 +21,14 @@ from bitwright.deploy.capture import ATEN, PASSED, first_line, owner_of, quiet_e
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes
-from bitwright.deploy.targets.executorch_form import LO, Int8Form, Int8Layer, refuse_bias, refuse_what_is_lost
+from bitwright.deploy.targets.executorch_form import (
+    LO,
+    Int8Form,
+    Int8Layer,
+    refuse_bias,
+    refuse_several_outputs,
+    refuse_what_is_lost,
+)
 from bitwright.deploy.targets.opened import Network
 from bitwright.errors import BitwrightError
 
@@ -201,6 +208,7 @@ def export_executorch(model: nn.Module, path: Path, example: Inputs) -> ExportRe
     image = one_tensor(example, "export: target executorch")[:1]
     frozen = freeze(model, example)
     refuse_what_is_lost(frozen)
+    refuse_several_outputs(frozen, image)
     form = Int8Form(frozen, image).eval()
     data, _ = lowered(form, image)
     files = [m.stored for m in form.modules() if isinstance(m, Int8Layer)]
@@ -237,7 +245,7 @@ class ExecutorchFile:
         self.order: list[InputCodes] = [codes for codes, _ in form.taken.items]
         self.probe_program, self.probe = opened(data, path)
 
-    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Inputs) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         logits, codes = [], [[] for _ in self.order]
         for image in one_tensor(x, "verify: target executorch").split(1):
             logits.append(run(self.method, image, self.path)[0])
@@ -249,4 +257,4 @@ class ExecutorchFile:
         by_name: dict[str, list[Tensor]] = {}
         for quantizer, numbers in zip(self.order, codes, strict=True):
             by_name.setdefault(quantizer.name, []).append(torch.cat(numbers).short() - LO + quantizer.lo)
-        return torch.cat(logits), by_name
+        return [torch.cat(logits)], by_name

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitwright.batches import described
 from bitwright.deploy.attention import IntProducts
 from bitwright.deploy.integer import InputCodes, IntAdd, IntConv, IntEmbedding, IntLayer, IntLinear, OutputCodes
 from bitwright.deploy.lower import LayerFile
+from bitwright.deploy.phases import PhaseConv
 from bitwright.errors import BitwrightError
 from bitwright.layers.fold import along_first
 
@@ -31,6 +33,14 @@ def refuse_what_is_lost(frozen: nn.Module) -> None:
             refuse_layer(module)
 
 
+def refuse_several_outputs(frozen: nn.Module, image: Tensor) -> None:
+    """Raise BitwrightError for a network of several tensors out, or one that is no plain tensor."""
+    with torch.no_grad():
+        output = frozen(image)
+    if not isinstance(output, Tensor):
+        raise BitwrightError(f"target executorch takes models of one tensor out; this one gives {described(output)}")
+
+
 def refuse_codes(codes: InputCodes) -> None:
     """Raise BitwrightError for a quantizer whose codes are not all of an int8."""
     if codes.hi - codes.lo != HI - LO:
@@ -47,6 +57,11 @@ def refuse_codes(codes: InputCodes) -> None:
 
 def refuse_layer(layer: IntLayer) -> None:
     """Raise BitwrightError for a layer that would not run on int8 weights and inputs."""
+    if isinstance(layer, PhaseConv):
+        raise BitwrightError(
+            f"{layer.name}: target executorch keeps no quantized transposed convolution; leave it out of the rules, "
+            "or use target onnx"
+        )
     quantized = (layer.packed is not None, layer.input_quantizer is not None)
     if quantized == (False, False):
         return

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from bitwright.batches import Inputs, exportable, output_of
+from bitwright.batches import Inputs, exportable, outputs_of
 from bitwright.deploy.attention import IntProducts
 from bitwright.deploy.capture import first_line, quiet_export
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntLayer
 from bitwright.deploy.lower import LayerFile, lower
-from bitwright.deploy.names import shorten
+from bitwright.deploy.names import rename, shorten
 from bitwright.deploy.outline import outline
 from bitwright.deploy.packing import OPSET
 from bitwright.deploy.probe import fed, frozen_weights, open_session, probe_graph, read, run_session
@@ -28,16 +28,18 @@ from bitwright.deploy.targets.opened import Network, frozen_codes
 from bitwright.errors import BitwrightError
 from bitwright.layers.reproducible import Reproducible
 
+OUTPUT_NUMBER = "bitwright_output_"  # what outputs are called while a graph is exported
+
 
 def placeholder_graph(frozen: nn.Module, example: Inputs) -> onnx.ModelProto:
     """The frozen form as torch exports it, one node of our own domain per layer and per lone quantizer.
 
     The input is called `input` where it is one tensor by position, else as `forward` calls its inputs.
     """
-    with torch.no_grad():
-        output_of(example.run(frozen), "export")
     parts = [m for m in frozen.modules() if isinstance(m, InputCodes | IntLayer | IntProducts)]
     functions = [m for m in frozen.modules() if isinstance(m, Reproducible)]
+    with torch.no_grad():
+        names = list(outputs_of(example.run(frozen), "export"))
     # A batch of one would be taken for a constant by torch.export.
     rows = example.by_row(lambda t: torch.cat([t, t])) if example.rows == 1 else example
     for part in parts:
@@ -55,7 +57,7 @@ def placeholder_graph(frozen: nn.Module, example: Inputs) -> onnx.ModelProto:
                 opset_version=OPSET,
                 dynamic_shapes=free_axes(frozen, given),
                 input_names=["input"] if len(given.args) == 1 and not given.kwargs else None,
-                output_names=["logits"],
+                output_names=[f"{OUTPUT_NUMBER}{i}" for i in range(len(names))],
                 verbose=False,
             )
     except Exception as error:
@@ -68,7 +70,27 @@ def placeholder_graph(frozen: nn.Module, example: Inputs) -> onnx.ModelProto:
             function.symbol = None
     assert program is not None
     model = program.model_proto
+    if len(model.graph.output) != len(names):
+        raise BitwrightError(
+            f"{type(frozen).__name__} has {len(model.graph.output)} outputs in its graph, and gives {len(names)}"
+        )
+    name_outputs(model.graph, names)
     return model
+
+
+def name_outputs(graph: onnx.GraphProto, names: list[str]) -> None:
+    """Call the outputs so, in place; tensors that have such a name already get another."""
+    made = {name for node in graph.node for name in node.output}
+    for value in graph.output:
+        if value.name not in made:  # a constant or the input itself
+            value.name, source = f"{OUTPUT_NUMBER}of_{value.name}", value.name
+            graph.node.append(onnx.helper.make_node("Identity", [source], [value.name]))
+    taken = made | {tensor.name for tensor in graph.initializer}
+    new = {name: f"{name}__inner" for name in names if name in taken}
+    new |= {value.name: name for value, name in zip(graph.output, names, strict=True)}
+    rename(graph, new)
+    for value, name in zip(graph.output, names, strict=True):
+        value.name = name
 
 
 def free_axes(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -126,8 +148,8 @@ class OnnxFile:
         constants = {name: torch.from_numpy(np.array(v)) for name, v in zip(wanted, values, strict=True)}
         self.weights, self.biases = frozen_weights(self.graph, network.layers, constants)
 
-    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        logits = torch.from_numpy(run_session(self.session, self.path, None, x)[0])
+    def run(self, x: Inputs) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        outputs = [torch.from_numpy(y) for y in run_session(self.session, self.path, None, x)]
         names = self.graph.codes
         out = run_session(self.probe, self.path, names, x) if names else []
-        return logits, frozen_codes(self.network, dict(zip(names, out, strict=True)))
+        return outputs, frozen_codes(self.network, dict(zip(names, out, strict=True)))

@@ -47,8 +47,8 @@ class Opened(Protocol):
     weights: dict[str, Tensor]
     biases: dict[str, Tensor]
 
-    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """(logits, codes by quantizer and call; quantizers whose codes cannot be seen are left out)."""
+    def run(self, x: Inputs) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """(outputs in order, codes by quantizer and call; quantizers whose codes cannot be seen are left out)."""
         ...
 
 

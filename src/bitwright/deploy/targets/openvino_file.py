@@ -25,10 +25,12 @@ from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import DOMAIN, InputCodes, IntAdd, IntLayer, IntLinear
 from bitwright.deploy.lower import LayerFile, lower
 from bitwright.deploy.packing import BIAS
+from bitwright.deploy.phases import PhaseConv
 from bitwright.deploy.probe import frozen_weights, probe_graph, read
 from bitwright.deploy.targets.onnx_file import placeholder_graph, report
 from bitwright.deploy.targets.opened import Network, frozen_codes
 from bitwright.errors import BitwrightError
+from bitwright.layers.fold import Weight
 from bitwright.layers.output import has_output
 
 OLDEST = (2025, 0)
@@ -67,16 +69,17 @@ def refuse_what_is_lost(frozen: nn.Module) -> None:
 def in_bytes(proto: onnx.ModelProto, layers: dict[str, IntLayer], files: list[LayerFile]) -> list[LayerFile]:
     """Replace the calls that unpack weights by the integers themselves, in place; how each weight is stored now."""
     calls = {
-        node.output[0].removesuffix(".codes"): node
+        node.output[0].removesuffix(".codes").removesuffix(".taps"): node
         for node in proto.graph.node
         if node.domain == DOMAIN and node.op_type != BIAS
     }
     sizes = {}
     for name, node in calls.items():
-        weight = layers[name].packed
-        assert weight is not None
+        layer = layers[name]
+        weight = layer.taps if isinstance(layer, PhaseConv) else layer.packed
+        assert isinstance(weight, Weight)
         numbers = weight.numbers if weight.numbers.dtype == torch.int8 else weight.numbers.float()
-        values = np.ascontiguousarray((numbers.T if isinstance(layers[name], IntLinear) else numbers).numpy())
+        values = np.ascontiguousarray((numbers.T if isinstance(layer, IntLinear) else numbers).numpy())
         proto.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
         proto.graph.node.remove(node)
         sizes[name] = ("int8" if values.dtype == np.int8 else "float32", values.nbytes)
@@ -161,8 +164,9 @@ class OpenVinoFile:
         values = self.probe([x.numpy()])
         return {name: np.array(values[name]) for name in [*self.graph.codes, *self.graph.wanted]}
 
-    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Inputs) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         image = one_tensor(x, "verify: target openvino")
-        logits = torch.from_numpy(np.array(self.model([image.numpy()])[0]))
+        values = self.model([image.numpy()])
+        outputs = [torch.from_numpy(np.array(values[i])) for i in range(len(self.model.outputs))]
         found = self.outputs(image)
-        return logits, frozen_codes(self.network, {name: found[name] for name in self.graph.codes})
+        return outputs, frozen_codes(self.network, {name: found[name] for name in self.graph.codes})

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bitwright.batches import Inputs, output_of
+from bitwright.batches import Inputs, outputs_of
 from bitwright.deploy.attention import IntMultiheadAttention, IntProducts
 from bitwright.deploy.compact import Stream, fixed, floating, whole
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntAdd, IntConv, IntLayer
 from bitwright.deploy.lower import LayerFile
+from bitwright.deploy.phases import IntConvTranspose, PhaseConv
 from bitwright.deploy.targets import packed_loader
 from bitwright.deploy.targets.opened import Network, float_twin
 from bitwright.errors import BitwrightError
@@ -83,16 +84,20 @@ def contents(model: nn.Module, frozen: nn.Module) -> tuple[dict[str, Any], dict[
     refuse_attention(frozen)
     network: dict[str, Any] = {"layers": {}, "sums": {}, "outputs": {}, "norms": []}
     tensors: dict[str, Tensor] = {}
-    files, ours, words = [], set(), []
+    files, ours, words, transposed = [], set(), [], False
     for name, module in frozen.named_modules():
         if isinstance(module, IntLayer | IntAdd | InputCodes):
             ours |= {id(t) for t in module.buffers()}
-        if isinstance(module, IntLayer):
-            network["layers"][name], own, rows = packed_layer(module)
+        if isinstance(module, IntConvTranspose):
+            transposed, layer = True, module.convolution.stored()
+        else:
+            layer = module if isinstance(module, IntLayer) and not isinstance(module, PhaseConv) else None
+        if layer is not None:
+            network["layers"][name], own, rows = packed_layer(layer)
             words += rows
             tensors |= {f"{name}.{part}" if name else part: tensor for part, tensor in own.items()}
             packing, held = ("float32", own["weight"]) if "weight" in own else ("int32 words", rows[0])
-            files.append(LayerFile(name, module.bits, packing, module.numbers.numel(), held.nbytes))
+            files.append(LayerFile(name, layer.bits, packing, layer.numbers.numel(), held.nbytes))
         elif isinstance(module, IntAdd):
             network["sums"][name] = [fields_of(module.input_quantizer), fields_of(module.other_quantizer)]
         codes = getattr(module._modules.get(OUTPUT), "codes", None)
@@ -100,6 +105,8 @@ def contents(model: nn.Module, frozen: nn.Module) -> tuple[dict[str, Any], dict[
             network["outputs"][name] = fields_of(codes)
     kept = dict(frozen.named_modules())
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+    if transposed:
+        network["version"] = packed_loader.TRANSPOSED
     network["norms"] = [
         n for n, m in model.named_modules() if isinstance(m, norms) and not isinstance(kept.get(n), norms)
     ]
@@ -114,7 +121,7 @@ def export_packed(model: nn.Module, path: Path, example: Inputs) -> ExportReport
     """Write the checkpoint; see `bitwright.deploy.export`."""
     frozen = freeze(model, example)
     network, tensors, files = contents(model, frozen)
-    about = {"format": packed_loader.FORMAT, "version": packed_loader.VERSION}
+    about = {"format": packed_loader.FORMAT, "version": network.pop("version", packed_loader.VERSION)}
     with replacing(path) as new:
         save_file(tensors, str(new), metadata={**about, "network": json.dumps(network, separators=(",", ":"))})
         loaded = load_packed(new, float_twin(model))
@@ -153,11 +160,15 @@ class PackedFile:
         self.codes: dict[str, list[Tensor]] = {}
         for name, layer in network.layers.items():
             made: Any = modules[name]
-            self.weights[name] = made.values()
+            weight, bias = made.values(), None
             if layer.bias is not None:
                 bias = made.bias
                 if bias is None:
                     bias = (made.bias_codes * (made.input_quantizer.scale.double() * made.scale.double())).float()
+            if isinstance(layer, PhaseConv):
+                weight, bias = layer.spread(weight, bias)
+            self.weights[name] = weight
+            if bias is not None:
                 self.biases[name] = bias
         for name, module in modules.items():
             if isinstance(module, packed_loader.Codes):
@@ -174,7 +185,7 @@ class PackedFile:
 
         return keep
 
-    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Inputs) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         self.codes = {}
         with torch.no_grad():
-            return output_of(x.run(self.model), "verify"), self.codes
+            return list(outputs_of(x.run(self.model), "verify").values()), self.codes

@@ -9,7 +9,7 @@ order of the JSON object, and for each layer its weight, its scales and its bias
 row of unsigned codes of some bits, one after the other from the lowest bit upwards, and begins with a new word
 (compressed-tensors' `pack_to_int32` of a flattened weight, codes less 2^(bits - 1)).
 
-Weight: `bits`, `shape`, `step` and `offset`: (step * code + offset) * scale.
+Weight: `bits`, `shape` (the layer's own), `step` and `offset`: (step * code + offset) * scale.
 Scales, per output channel: `scale`: [count, bits, signs, m, first, k]: with p = code // signs + first the size is
 (m + p % m) * 2^(p // m - k), negative where code % signs is 1.
 Bias: `bias`: [count, bits, shift], integers code - shift on the grid input scale * scale; or [count, bits, shift, k]:
@@ -31,7 +31,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 FORMAT, VERSION = "bitwright-packed", "2"
+TRANSPOSED = "3"  # of files with transposed convolutions, which earlier loaders do not know
 WORD = 32
+TRANSPOSES = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 # 2^-k, exact.
 POWERS = [2.0**-k for k in range(64)]
 
@@ -130,7 +132,7 @@ def operand(codes: Codes | None, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Layer(nn.Module):
-    """A convolution, linear layer or embedding: sums in float64, which holds them exactly, then one scaling."""
+    """A convolution (transposed or not), linear layer or embedding: sums in float64, exact, then one scaling."""
 
     numbers: Tensor
     scale: Tensor | None
@@ -149,6 +151,10 @@ class Layer(nn.Module):
         """The weight, float32."""
         if self.scale is None:
             return self.numbers
+        source = self.source[0]
+        if isinstance(source, TRANSPOSES) and self.scale.numel() > 1:  # output channels along axis 1, in groups
+            along = self.scale.view(source.groups, 1, -1, *[1] * (self.numbers.ndim - 2))
+            return (self.numbers.float().unflatten(0, (source.groups, -1)) * along).flatten(0, 1)
         return self.numbers.float() * self.scale.view(-1, *[1] * (self.numbers.ndim - 1))
 
     def padded(self, x: Tensor) -> Tensor:
@@ -163,13 +169,19 @@ class Layer(nn.Module):
         mode = "constant" if source.padding_mode == "zeros" else source.padding_mode
         return F.pad(x, pads, mode=mode) if any(pads) else x
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         source, numbers = self.source[0], self.numbers
         if isinstance(source, nn.Embedding):
             return F.embedding(x, self.values())
         centered, factor = operand(self.input_quantizer, x)
         trailing = numbers.ndim - 2
-        if trailing:
+        if isinstance(source, TRANSPOSES):
+            about: Any = (source.stride, source.padding, source.kernel_size, trailing, source.dilation)
+            extra: Any = source._output_padding(x, output_size, *about)
+            transpose: Any = F.conv_transpose1d if trailing == 1 else F.conv_transpose2d
+            where = (source.stride, source.padding, extra, source.groups, source.dilation)
+            sums = transpose(centered, numbers.double(), None, *where)
+        elif trailing:
             convolve = F.conv1d if trailing == 1 else F.conv2d
             where = (source.stride, 0, source.dilation, source.groups)
             sums = convolve(self.padded(centered), numbers.double(), None, *where)
@@ -214,8 +226,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path}: is damaged or no safetensors file: {reason}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: is no packed checkpoint of bitwright")
-    if metadata.get("version") != VERSION:
-        raise ValueError(f"{path}: is of version {metadata.get('version')}; this loader reads {VERSION}")
+    if metadata.get("version") not in (VERSION, TRANSPOSED):
+        found = metadata.get("version")
+        raise ValueError(f"{path}: is of version {found}; this loader reads {VERSION} and {TRANSPOSED}")
     return network, tensors
 
 

@@ -25,6 +25,7 @@ from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntEmbedding, IntLayer
 from bitwright.deploy.lower import LayerFile, Lowering, lower
+from bitwright.deploy.phases import PhaseConv
 from bitwright.deploy.probe import code_tensors, frozen_weights, probe_graph, read
 from bitwright.deploy.targets.onnx_file import placeholder_graph, report
 from bitwright.deploy.targets.opened import Network
@@ -73,6 +74,11 @@ class QonnxLowering(Lowering):
         self.files[name] = LayerFile(name, layer.bits, "float32", values.size, values.nbytes)
         if weight is None:
             return self.constant(out, values.T if transpose else values)
+        if isinstance(layer, PhaseConv) and weight.step == 2 and bool((weight.numbers == 0).any()):
+            raise BitwrightError(
+                f"{name}: target qonnx has no 0 for the pixels that a transposed convolution skips; use a grid "
+                "with one, or a kernel that is a multiple of the stride"
+            )
         stored = self.constant(f"{name}.weight_values", values.T if transpose else values)
         shape = [1] * values.ndim
         shape[1 if transpose else 0] = -1
@@ -183,11 +189,12 @@ class QonnxFile:
         constants = {name: torch.from_numpy(np.array(found[name])) for name in graph.wanted}
         self.weights, self.biases = frozen_weights(graph, network.layers, constants)
 
-    def run(self, x: Inputs) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def run(self, x: Inputs) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         found = self.executor.run(one_tensor(x, "verify: target qonnx"))
         codes = {}
         for name, count in self.network.calls.items():
             q = self.network.codes[name]
             values = [torch.from_numpy(found[at]).double() for at in code_tensors({q.label: count})]
             codes[name] = [(v / q.scale.double() + q.zero.double()).round().to(torch.int16) for v in values]
-        return torch.from_numpy(found["logits"].copy()), codes
+        names = [value.name for value in self.executor.proto.graph.output]
+        return [torch.from_numpy(found[name].copy()) for name in names], codes

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bitwright.errors import BitwrightError
 from bitwright.grids import DoReFa
 from bitwright.layers import quantizer_in
-from bitwright.layers.conv import QuantConv1d, QuantConv2d
+from bitwright.layers.conv import QuantConv
 from bitwright.layers.linear import QuantProduct
 from bitwright.methods.two_pass import NORMS
 from bitwright.prepare import quant_layers, quantizers, set_bypass
@@ -69,7 +69,7 @@ class Views:
                 self._check(quantizer, owner)
                 self.cuts.append(Cut())
                 quantizer.register_forward_pre_hook(self.cuts[-1])
-            if own and isinstance(layer, QuantConv1d | QuantConv2d | QuantProduct):
+            if own and isinstance(layer, QuantConv | QuantProduct):
                 self.layers[name], self.taps[name] = layer, Tap()
                 layer.register_forward_hook(self.taps[name])
         if not self.cuts:

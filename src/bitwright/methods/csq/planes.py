@@ -68,7 +68,7 @@ class BitPlanes:
     def __init__(self, layer: str, quantizer: Quantizer, weight: nn.Parameter, temperature: Tensor, start: float):
         self.layer, self.quantizer, self.grid = layer, quantizer, plane_grid(quantizer)
         self.weight, self.temperature, self.hard = weight, temperature, False
-        self.first = quantizer.spec.bits - 1
+        self.first, self.axis = quantizer.spec.bits - 1, self.grid.shape.axis
         self.kept = list(range(self.first))
         if int(quantizer.bits.item()) != self.bits:  # loaded before; `load_state_dict` brings all of it back
             quantizer.set_bits(self.bits)
@@ -80,9 +80,10 @@ class BitPlanes:
     @torch.no_grad()
     def _set_up(self, start: float) -> None:
         """Logits, and the scale under which the soft value is the weight, rounded."""
-        flat = self.weight.flatten(1) if self.grid.scale.numel() > 1 else self.weight.reshape(1, -1)
+        rows = self.weight.movedim(self.axis, 0) if self.grid.scale.numel() > 1 else self.weight.unsqueeze(0)
+        flat = rows.flatten(1)
         step = positive(flat.abs().amax(1)) / (2**self.first - 1)
-        whole = (self.weight / along(step, self.weight, 0)).round().int()
+        whole = (self.weight / along(step, self.weight, self.axis)).round().int()
         place = torch.arange(self.first, device=whole.device).view(-1, *[1] * whole.ndim)
         bits = [(part.clamp(min=0) >> place & 1).to(self.weight) for part in (whole, -whole)]
         self.up, self.down = ((start * (2 * b - 1)).requires_grad_() for b in bits)
@@ -106,7 +107,7 @@ class BitPlanes:
         scale = self.grid.effective_scale()
         if scale.requires_grad:
             scale = scale_gradient(scale, (shared_by(self.weight, self.grid.shape) * quantizer.code_hi).rsqrt())
-        y = along(scale, output, 0) * self.present_codes()
+        y = along(scale, output, self.axis) * self.present_codes()
         # The weight and what rounds it take part, by nothing: distributed training waits for every gradient.
         return y.to(output.dtype) + 0.0 * output
 
@@ -119,7 +120,7 @@ class BitPlanes:
     @torch.no_grad()
     def write(self) -> None:
         """Give the layer's weight the present value."""
-        self.weight.copy_(along(self.grid.effective_scale(), self.weight, 0) * self.present_codes())
+        self.weight.copy_(along(self.grid.effective_scale(), self.weight, self.axis) * self.present_codes())
 
     @torch.no_grad()
     def follow(self, kept: list[int]) -> bool:

@@ -1,0 +1,149 @@
+"""Networks of several outputs: detectors, segmentation with an auxiliary head."""
+
+import onnx
+import pytest
+import torch
+from deploy_nets import quantized
+from torch import nn
+
+import bitwright as bw
+from bitwright.deploy import export, freeze, snap_biases, verify
+from bitwright.errors import BitwrightError
+
+
+class Pyramid(nn.Module):
+    """Two levels joined from above, two heads on each; outputs as `form` says."""
+
+    def __init__(self, form="lists"):
+        super().__init__()
+        self.form = form
+        self.low, self.high = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.left, self.right = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.classes, self.boxes = nn.Conv2d(8, 3, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        low = torch.relu(self.low(x))
+        top = self.right(torch.relu(self.high(low)))
+        levels = [self.left(low) + nn.functional.interpolate(top, scale_factor=2.0), top]
+        classes, boxes = [self.classes(p) for p in levels], [100 * self.boxes(p) for p in levels]
+        if self.form == "lists":
+            return classes, boxes
+        # Names that the graph has tensors of, the input's, and one that no name may hold.
+        return {"conv2d": classes[0], "input": boxes[0], "relu.1": (classes[1].flatten(1), boxes[1])}
+
+
+NAMES = {
+    "lists": ["output_0_0", "output_0_1", "output_1_0", "output_1_1"],
+    "dict": ["conv2d", "output_input", "relu_1_0", "relu_1_1"],
+}
+
+
+def made(form, target, tmp_path):
+    torch.manual_seed(0)
+    model, x = Pyramid(form).eval(), torch.randn(6, 3, 16, 16)
+    bits = "w4a4"
+    sums = [] if target == "openvino" else bw.topology(model, x)
+    bw.calibrate(bw.prepare(model, bw.rules(bits) + sums), [x])
+    snap_biases(model, x)
+    path = tmp_path / ("net.safetensors" if target == "packed" else "net.onnx")
+    export(model, path, x[:1], target=target)
+    return model, path, x
+
+
+@pytest.mark.parametrize("form", ["lists", "dict"])
+def test_files_have_every_output_under_its_name(form, tmp_path):
+    model, path, x = made(form, "onnx", tmp_path)
+    assert [value.name for value in onnx.load(str(path)).graph.output] == NAMES[form]
+    found = verify(model, path, x.split(4))
+    assert found.ok, found.first_difference
+    assert [row.name for row in found.outputs] == NAMES[form]
+    assert found.images == 6
+    assert found.outputs[1].largest > 10 * found.outputs[0].largest or form == "lists"
+    assert found.logit_difference == max(row.difference for row in found.outputs)
+    assert {"logit_difference", "largest_logit"} <= found.as_dict().keys()
+
+
+@pytest.mark.parametrize("target", ["packed", "openvino", "qonnx"])
+def test_other_targets(target, tmp_path):
+    if target != "packed":
+        pytest.importorskip(target)
+    model, path, x = made("lists", target, tmp_path)
+    found = verify(model, path, x)
+    assert found.ok, found.first_difference
+    assert len(found.outputs) == 4
+
+
+def test_a_difference_in_one_output_is_found_and_named(tmp_path):
+    model, path, x = made("lists", "onnx", tmp_path)
+    proto = onnx.load(str(path))
+    last = next(node for node in proto.graph.node if "output_1_1" in node.output)
+    last.output[0] = "before"
+    proto.graph.node.append(onnx.helper.make_node("Mul", ["before", "factor"], ["output_1_1"]))
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(torch.tensor(1.01).numpy(), "factor"))
+    onnx.save(proto, str(path))
+    found = verify(model, path, [x])
+    assert not found.ok
+    assert found.first_difference.startswith("output: output_1_1 differ by")
+
+
+def test_an_image_whose_outputs_all_differ_counts_once():
+    from bitwright.deploy.comparison import VerifyReport
+    from bitwright.deploy.verify import compare_outputs
+
+    report = VerifyReport("f", [])
+    report.name_outputs(["a", "b"], 2)
+    one, other = torch.tensor([[1.0, 0.0], [2.0, 1.0]]), torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+    clean = torch.ones(2, dtype=torch.bool)
+    compare_outputs(report, [one, one], [one, one], [other, other], clean, lambda rows: [one[rows], one[rows]])
+    assert (report.images, report.different_frozen, report.different_file) == (2, 0, 1)
+    with pytest.raises(BitwrightError, match=r"^f: is of another network: it has 1 outputs, the network has 2"):
+        report.name_outputs(["a", "b"], 1)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "codes_agree", "wrong"), [(1, True, 1), (1, False, 0), (4, False, 0), (5, False, 1)]
+)
+def test_where_codes_differ_one_pixel_in_a_thousand_may(pixels, codes_agree, wrong):
+    from bitwright.deploy.comparison import VerifyReport
+    from bitwright.deploy.verify import compare_outputs
+
+    trained = torch.zeros(2, 3, 64, 64)
+    trained[:, 1] = 1.0
+    file = trained.clone()
+    file[0, 2, 0, :pixels] = 2.0
+    file[1, 2, 5] = 1 + 1e-7  # a tie by rounding
+    clean = torch.tensor([codes_agree, True])
+    report = VerifyReport("f", [])
+    trained[1, 2, 5] = 1 - 1e-7
+    compare_outputs(report, [trained], [trained], [file], clean, lambda rows: [trained[rows].double()])
+    assert (report.different_frozen, report.different_file) == (0, wrong)
+
+
+def test_outputs_that_are_no_rows_of_images_or_no_floats(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.register_buffer("anchors", torch.arange(12.0).view(3, 4))
+
+        def forward(self, x):
+            y = self.conv(x)
+            return {"map": y, "best": y.argmax(1), "any": y.amax((1, 2, 3)) > 0, "anchors": self.anchors * 2}
+
+    x = torch.randn(5, 3, 8, 8)
+    model = quantized(Odd().eval(), "w8a8", x)
+    snap_biases(model, x)
+    export(model, tmp_path / "net.onnx", x)
+    found = verify(model, tmp_path / "net.onnx", [x])
+    assert found.ok, found.first_difference
+    assert [row.name for row in found.outputs] == ["map", "best", "any", "anchors"]
+
+
+def test_the_native_runtime_and_executorch_refuse_in_one_line(tmp_path):
+    from bitwright.deploy.targets.executorch_form import refuse_several_outputs
+
+    model, path, x = made("dict", "onnx", tmp_path)
+    with pytest.raises(BitwrightError, match="the runtime takes files of one float32 input and one output"):
+        verify(model, path, [x], runtime="native")
+    with pytest.raises(BitwrightError, match="target executorch takes models of one tensor out"):
+        refuse_several_outputs(freeze(model, x), x[:1])
