@@ -71,10 +71,16 @@ def transformers_class(module: nn.Module) -> type[QuantLayer] | None:
 
 
 @functools.cache
+def names_in(kind: type[nn.Module]) -> frozenset[str]:
+    """The names that the methods of a class use, those of the classes that it derives from included."""
+    bases = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    methods = [inspect.unwrap(f) for base in bases for f in vars(base).values() if callable(f)]
+    return frozenset(name for m in methods for name in getattr(getattr(m, "__code__", None), "co_names", ()))
+
+
 def has_products(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a class computes attention products, by torch's function or by a softmax of its own."""
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    names = () if code is None else code.co_names
+    """Whether a class computes attention products, by torch's function or by a softmax of its own."""
+    names = names_in(kind)
     return "scaled_dot_product_attention" in names or ("softmax" in names and kind.__name__.endswith("Attention"))
 
 
@@ -86,7 +92,7 @@ def float_products(model: nn.Module) -> list[str]:
 @functools.cache
 def asks_for_products(kind: type[nn.Module]) -> bool:
     """Whether the forward of a class lets a function of transformers' table compute its attention products."""
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    code = getattr(inspect.unwrap(getattr(kind, "forward", None)), "__code__", None)  # pyright: ignore
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
