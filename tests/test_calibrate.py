@@ -130,3 +130,26 @@ def test_norms_that_were_never_trained_normalise_by_the_batch():
     net[1].running_var.fill_(0.5)
     bw.calibrate(net, [x])
     assert max(small, quantizer.grid.effective_scale().item()) < expected.item() / 100
+
+
+def test_heads_that_run_in_training_alone_are_named_with_the_rule_that_leaves_them_float():
+    class Helped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+            self.aux = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1)), nn.Conv2d(4, 2, 1))
+            self.spare, self.head = nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.body(x)
+            return (self.head(x), self.aux(x), self.spare(x)) if self.training else self.head(x)
+
+    x = torch.randn(2, 3, 4, 4)
+    message = (
+        r"aux\.0\.0\.input_quantizer and 2 more saw no data; their layers were not called .* "
+        r"by a last rule: bw\.Rule\(match=\['aux\.\*', 'spare'\], weight=None, input=None\)"
+    )
+    with pytest.raises(bw.BitwrightError, match=message):
+        bw.calibrate(bw.prepare(Helped(), bw.rules("w4a4")), [x])
+    rules = [*bw.rules("w4a4"), bw.Rule(match=["aux.*", "spare"], weight=None, input=None)]
+    bw.calibrate(bw.prepare(Helped(), rules), [x])

@@ -144,12 +144,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> nn.
             hook.remove()
     if count == 0:
         raise BitwrightError("calibrate: no batch was given")
+    unseen = [name for name in readers if not collectors[name].batches]
+    if unseen:
+        raise BitwrightError(never_called(unseen, readers))
     for name, quantizer in readers.items():
-        if not collectors[name].batches:
-            raise BitwrightError(
-                f"calibrate: {name} saw no data; its layer was not called on these inputs "
-                "(leave it float with a rule, or give inputs that reach it)"
-            )
         initialize(quantizer, collectors[name].result(), name)
     for layer_name, layer in quant_layers(model).items():
         for slot in layer.weight_slots:
@@ -159,6 +157,26 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> nn.
                 stats = Stats.of(rows_per_scale(weight, quantizer.shape))
                 initialize(quantizer, stats, f"{layer_name}.{slot}")
     return given
+
+
+def never_called(unseen: list[str], readers: Iterable[str]) -> str:
+    """The message for quantizers that saw no data: of heads that run in training alone, say.
+
+    It has the rule that leaves them float: the outermost modules in which no quantizer saw any.
+    """
+    seen = set(readers) - set(unseen)
+    patterns: dict[str, None] = {}
+    for name in unseen:
+        parts = name.split(".")[:-1]
+        outer = [".".join(parts[:i]) for i in range(1, len(parts))]
+        free = next((o for o in outer if not any(other.startswith(o + ".") for other in seen)), None)
+        patterns[".".join(parts) if free is None else f"{free}.*"] = None
+    rest = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
+    its, it = ("its layer was", "it") if len(unseen) == 1 else ("their layers were", "them")
+    return (
+        f"calibrate: {unseen[0]}{rest} saw no data; {its} not called on these inputs in evaluation mode (leave {it} "
+        f"float by a last rule: bw.Rule(match={[*patterns]}, weight=None, input=None); or give inputs that reach {it})"
+    )
 
 
 def initialize(quantizer: Quantizer, stats: Stats, name: str) -> None:
