@@ -7,7 +7,9 @@ from deploy_nets import quantized
 from torch import nn
 
 import bitwright as bw
+from bitwright.batches import inputs_of
 from bitwright.deploy import export, freeze, snap_biases, verify
+from bitwright.deploy.unread import unread
 from bitwright.errors import BitwrightError
 
 
@@ -147,3 +149,43 @@ def test_the_native_runtime_and_executorch_refuse_in_one_line(tmp_path):
         verify(model, path, [x], runtime="native")
     with pytest.raises(BitwrightError, match="target executorch takes models of one tensor out"):
         refuse_several_outputs(freeze(model, x), x[:1])
+
+
+class WithoutAux(nn.Module):
+    """A network whose second head is computed and dropped, as wrappers around segmentation networks do."""
+
+    adds = False
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 4, 1)
+        self.aux = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        aux = self.aux(x)
+        return self.head(x) + aux if self.adds else self.head(x)
+
+
+@pytest.mark.parametrize("target", ["onnx", "packed", "qonnx"])
+def test_heads_without_effect_on_an_output_are_not_asked_for(target, tmp_path):
+    model, x = WithoutAux().eval(), torch.randn(6, 3, 16, 16)
+    bw.calibrate(bw.prepare(model, bw.rules("w4a4")), [x])
+    snap_biases(model, x)
+    assert {name.partition(".")[0] for name in unread(model, inputs_of(x, "test"))} == {"aux"}
+    path = tmp_path / "net.file"
+    export(model, path, x, target=target)
+    found = verify(model, path, [x])
+    assert found.ok, found.first_difference
+    assert {row["name"].partition(".")[0] for row in found.rows() if row["values"]} >= {"stem", "head"}
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_file_without_a_layer_that_counts_is_another_network(tmp_path):
+    model, x = WithoutAux().eval(), torch.randn(6, 3, 16, 16)
+    bw.calibrate(bw.prepare(model, bw.rules("w4a4")), [x])
+    snap_biases(model, x)
+    export(model, tmp_path / "net.onnx", x)
+    model.adds = True
+    with pytest.raises(BitwrightError, match=r"is of another network: it has no tensor 'aux"):
+        verify(model, tmp_path / "net.onnx", [x])

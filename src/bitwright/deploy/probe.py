@@ -83,6 +83,11 @@ def run_session(
     return out
 
 
+def tensor_names(proto: onnx.ModelProto) -> set[str]:
+    """Names of all tensors that a graph makes or holds."""
+    return {out for node in proto.graph.node for out in node.output} | {t.name for t in proto.graph.initializer}
+
+
 def code_tensors(calls: dict[str, int]) -> list[str]:
     """Names of the tensors that hold the codes of quantizers (by label) which run `calls` times."""
     return [f"{name}:{i}.codes" if i else f"{name}.codes" for name, count in calls.items() for i in range(count)]
@@ -121,8 +126,7 @@ def probe_graph(proto: onnx.ModelProto, path: Path, layers: dict[str, IntLayer],
     split = {node.output[0].removesuffix(SPLIT): node for node in proto.graph.node if node.output[0].endswith(SPLIT)}
     copy.graph.node.extend(unsplit(node, name) for name, node in split.items())
     copy.graph.node.extend(shown(proto.graph, layers))
-    present = {out for node in copy.graph.node for out in node.output}
-    present |= {t.name for t in copy.graph.initializer}
+    present = tensor_names(copy)
     biases = {
         name: f"{name}.negative_bias" if f"{name}.negative_bias" in present else f"{name}.bias"
         for name, layer in layers.items()

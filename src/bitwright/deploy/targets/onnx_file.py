@@ -22,7 +22,7 @@ from bitwright.deploy.lower import LayerFile, lower
 from bitwright.deploy.names import rename, shorten
 from bitwright.deploy.outline import outline
 from bitwright.deploy.packing import OPSET
-from bitwright.deploy.probe import fed, frozen_weights, open_session, probe_graph, read, run_session
+from bitwright.deploy.probe import fed, frozen_weights, open_session, probe_graph, read, run_session, tensor_names
 from bitwright.deploy.reproducible_lowering import ReproducibleLowering, name_all, stand_for
 from bitwright.deploy.targets.opened import Network, frozen_codes
 from bitwright.errors import BitwrightError
@@ -139,7 +139,8 @@ class OnnxFile:
 
     def __init__(self, path: Path, network: Network, providers: Sequence[str] = ("CPUExecutionProvider",)):
         proto = read(path)
-        self.path, self.network = path, network
+        self.path, self.network = path, network.within(tensor_names(proto))
+        network = self.network
         self.session = open_session(str(path), path, providers)
         self.graph = probe_graph(proto, path, network.layers, network.labels)
         self.probe = open_session(self.graph.proto.SerializeToString(), path, providers)

@@ -1,7 +1,8 @@
 """What `verify` needs of a target: the network to compare with, and the file in its runtime."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ class Network:
 
     training: the model as trained. frozen: its integer form. example: one sample. layers: weight layers of the frozen
     form, by name, as it executes them. calls: how often each input quantizer runs. codes: those quantizers.
+    unread: layers and quantizers without effect on any output, which a file may lack.
     """
 
     training: nn.Module
@@ -30,6 +32,16 @@ class Network:
     layers: dict[str, IntLayer]
     calls: dict[str, int]
     codes: dict[str, InputCodes]
+    unread: frozenset[str] = frozenset()
+
+    def within(self, tensors: Container[str]) -> "Network":
+        """Without what is unread and not among the `tensors` of a file."""
+
+        weights = (".weight", ".codes", ".split_weight")
+        gone = {n for n in self.layers if n in self.unread and not any(f"{n}{end}" in tensors for end in weights)}
+        gone |= {n for n in self.calls if n in self.unread and f"{self.codes[n].label}.codes" not in tensors}
+        layers, calls = ({n: v for n, v in d.items() if n not in gone} for d in (self.layers, self.calls))
+        return replace(self, layers=layers, calls=calls)
 
     @property
     def labels(self) -> dict[str, int]:

@@ -26,7 +26,7 @@ from bitwright.deploy.integer import DOMAIN, InputCodes, IntAdd, IntLayer, IntLi
 from bitwright.deploy.lower import LayerFile, lower
 from bitwright.deploy.packing import BIAS
 from bitwright.deploy.phases import PhaseConv
-from bitwright.deploy.probe import frozen_weights, probe_graph, read
+from bitwright.deploy.probe import frozen_weights, probe_graph, read, tensor_names
 from bitwright.deploy.targets.onnx_file import placeholder_graph, report
 from bitwright.deploy.targets.opened import Network, frozen_codes
 from bitwright.errors import BitwrightError
@@ -151,8 +151,9 @@ class OpenVinoFile:
 
     def __init__(self, path: Path, network: Network):
         runtime()
-        self.network = network
-        self.graph = probe_graph(read(path), path, network.layers, network.labels)
+        proto = read(path)
+        self.network = network = network.within(tensor_names(proto))
+        self.graph = probe_graph(proto, path, network.layers, network.labels)
         self.model = compiled(path.read_bytes(), path)
         self.probe = compiled(self.graph.proto.SerializeToString(), path)
         found = self.outputs(one_tensor(network.example, "verify: target openvino"))

@@ -26,7 +26,7 @@ from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntEmbedding, IntLayer
 from bitwright.deploy.lower import LayerFile, Lowering, lower
 from bitwright.deploy.phases import PhaseConv
-from bitwright.deploy.probe import code_tensors, frozen_weights, probe_graph, read
+from bitwright.deploy.probe import code_tensors, frozen_weights, probe_graph, read, tensor_names
 from bitwright.deploy.targets.onnx_file import placeholder_graph, report
 from bitwright.deploy.targets.opened import Network
 from bitwright.errors import BitwrightError
@@ -183,7 +183,8 @@ class QonnxFile:
     def __init__(self, path: Path, network: Network):
         runtime()
         proto = read(path)
-        self.network, self.executor = network, Executor(proto, path)
+        self.network, self.executor = network.within(tensor_names(proto)), Executor(proto, path)
+        network = self.network
         graph = probe_graph(proto, path, network.layers, network.labels)
         found = self.executor.run(one_tensor(network.example, "verify: target qonnx"))
         constants = {name: torch.from_numpy(np.array(found[name])) for name in graph.wanted}
