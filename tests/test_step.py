@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bitwright as bw
+from bitwright.costs import cost_table
 from bitwright.methods.kd import kd_loss
 
 
@@ -188,3 +189,64 @@ def test_a_model_may_put_out_a_dict():
     result = step(torch.randn(4, 3), torch.zeros(4, 2))
     assert result.outputs["aux"].shape == (4, 2)
     assert not result.outputs["aux"].requires_grad
+
+
+class Pair(nn.Module):
+    """Reads two tensors by name, as Hugging Face's models do, and gives logits among other things."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, left, right, labels=None):
+        hidden = torch.relu(self.left(left)) + torch.relu(self.right(right))
+        logits = self.head(hidden)
+        return {
+            "logits": logits,
+            "hidden": hidden,
+            **({} if labels is None else {"loss": F.cross_entropy(logits, labels)}),
+        }
+
+
+class Alone(Pair):
+    """The same network with one tensor out."""
+
+    def forward(self, left, right):
+        return super().forward(left, right)["logits"]
+
+
+@pytest.mark.parametrize("method", ["kd", "adaqat", "allocation", "constrained", "saq"])
+def test_keywords_and_dicts_train_as_tensors_do(method):
+    def trained(kind, given, loss_fn):
+        torch.manual_seed(0)
+        model, left, right, y = kind(), torch.randn(8, 6), torch.randn(8, 4), torch.arange(8) % 3
+        teacher = copy.deepcopy(model)
+        bw.calibrate(bw.prepare(model, bw.rules("w4a4", ends=None)), [((left, right), y)])
+        costs = cost_table(model, ((left, right), y))
+        methods = {
+            "kd": lambda: bw.KD(teacher),
+            "adaqat": lambda: bw.AdaQAT(model, 20, every=1, warmup_steps=0, probe_fraction=0.5),
+            "allocation": lambda: bw.Allocation(model, costs, {"bitops": 0.6 * costs.bitops}, steps=2),
+            "constrained": lambda: bw.Constrained(model, loss_fn),
+            "saq": lambda: bw.SAQ(model, rho=0.1),
+        }
+        step = bw.Step(model, loss_fn, torch.optim.SGD(model.parameters(), 0.1), [methods[method]()])
+        losses = [step(given(left, right, y), y).loss.item() for _ in range(4)]
+        return losses, [q.bits.item() for q in bw.quantizers(model).values()]
+
+    expected = trained(Alone, lambda a, b, _: (a, b), F.cross_entropy)
+    by_name = trained(Pair, lambda a, b, _: {"right": b, "left": a}, lambda out, y: F.cross_entropy(out["logits"], y))
+    with_labels = trained(Pair, lambda a, b, y: {"left": a, "right": b, "labels": y}, lambda out, _: out["loss"])
+    assert by_name == with_labels == expected
+
+
+def test_bwrf_reads_one_tensor():
+    model = Pair()
+    partner = copy.deepcopy(model)
+    bw.prepare(model, bw.rules("w4a4"))
+    batch = {"left": torch.randn(4, 6), "right": torch.randn(4, 4)}
+    bw.calibrate(model, batch)
+    method = bw.BWRF(model, partner, blocks=["left", "head"])
+    step = bw.Step(model, lambda out, y: out["logits"].sum(), torch.optim.SGD(model.parameters(), 0.1), [method])
+    with pytest.raises(bw.BitwrightError, match=r"^bwrf: takes models of one tensor in and one tensor out"):
+        step(batch, None)

@@ -48,10 +48,18 @@ class Inputs(NamedTuple):
         rows = self.rows
         return self.mapped(lambda t: change(t) if t.ndim and len(t) == rows else t)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the first tensor lives."""
+        return self.tensors[0].device
+
+    def call(self, model: Callable[..., Any]) -> Any:
+        """`model` called with them."""
+        return model(*self.args, **self.kwargs)
+
     def run(self, model: nn.Module) -> Any:
-        """`model` called with them, on its device."""
-        there = self.mapped(lambda t: t.to(device_of(model)))
-        return model(*there.args, **there.kwargs)
+        """The same on the model's device."""
+        return self.mapped(lambda t: t.to(device_of(model))).call(model)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -143,6 +151,18 @@ def outputs_of(output: Any, who: str) -> dict[str, Tensor]:
     names = [f"output_{name}" if not name or name[0].isdigit() or name == "input" else name for name in names]
     names = [f"{name}_{names[:i].count(name)}" if name in names[:i] else name for i, name in enumerate(names)]
     return {name: t for name, (_, t) in zip(names, found, strict=True)}
+
+
+def logits_of(output: Any, who: str) -> Tensor:
+    """The tensor of a model that puts out one, or one called `logits`; see `outputs_of`.
+
+    Raises:
+        BitwrightError: it puts out several, or none.
+    """
+    found = {"logits": output} if isinstance(output, Tensor) else outputs_of(output, who)
+    if len(found) > 1:
+        raise BitwrightError(f"{who}: takes models of one tensor out, or of one called logits; not {', '.join(found)}")
+    return next(iter(found.values()))
 
 
 def key_of(part: Any) -> str:

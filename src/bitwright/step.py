@@ -52,7 +52,7 @@ class Step:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        loss_fn: Callable[[Any, Any], Tensor],
         optimizer: torch.optim.Optimizer,
         methods: Sequence[Method] = (),
         *,
@@ -89,8 +89,9 @@ class Step:
 
     def forward_loss(self, batch: Batch) -> Tensor:
         """The total loss of `batch` with its graph; also sets `self.result`. The model runs once."""
-        with self.autocast(batch.x.device):
-            outputs = self.model(batch.x)
+        inputs = batch.inputs
+        with self.autocast(inputs.device):
+            outputs = inputs.call(self.model)
             losses = {"task": self.loss_fn(outputs, batch.y)}
             for method in self.methods:
                 more = method.losses(batch, outputs)
@@ -109,8 +110,12 @@ class Step:
         assert self.batch is not None
         (self.forward_loss(self.batch) / self.accumulate).backward()
 
-    def __call__(self, x: Tensor, y: Tensor) -> StepResult:
-        """Train on one batch; every `accumulate`-th call steps the optimizer and runs `after_step` hooks."""
+    def __call__(self, x: Any, y: Any) -> StepResult:
+        """Train on one batch; every `accumulate`-th call steps the optimizer and runs `after_step` hooks.
+
+        x: a tensor; a tuple of tensors, for models of several inputs; or a dict of keyword arguments, as Hugging
+        Face's models are called. y: what `loss_fn` takes beside the model's outputs.
+        """
         self.batch = Batch(x, y)
         if self._owner is None:
             self.default_backward()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitwright.batches import inputs_of
 from bitwright.methods.probe import forward_fast
 from methods.nets import data
 
@@ -22,9 +23,9 @@ class Views(nn.Module):
 def test_the_layout_changes_no_value(build):
     torch.manual_seed(0)
     net, x = build(), data()[0]
-    torch.testing.assert_close(forward_fast(net, x), net(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(forward_fast(net, inputs_of(x, "test")), net(x), rtol=1e-5, atol=1e-5)
 
 
 def test_other_errors_are_the_callers():
     with pytest.raises(RuntimeError, match="mat1"):
-        forward_fast(nn.Linear(5, 2), data()[0])
+        forward_fast(nn.Linear(5, 2), inputs_of(data()[0], "test"))

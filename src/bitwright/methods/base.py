@@ -4,15 +4,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from bitwright.batches import Inputs, inputs_of
+
 if TYPE_CHECKING:
     from bitwright.step import Step
 
 
 class Batch(NamedTuple):
-    """One batch of a step: inputs and targets as the model and the loss take them."""
+    """One batch of a step: inputs and targets as the model and the loss take them.
 
-    x: Tensor
-    y: Tensor
+    x: a tensor; a tuple of tensors, for models of several inputs; or a dict of keyword arguments.
+    """
+
+    x: Any
+    y: Any
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the model is called with."""
+        return inputs_of((self.x, self.y), "step")
 
 
 class Method:
@@ -26,7 +36,7 @@ class Method:
     makes_weights: bool = False  # whether it computes quantized weights from parameters of its own
     moves_weights: bool = False  # whether it needs quantized weights that the optimizer trains; not beside the former
 
-    def losses(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         """Further scalar losses, already weighted, by name; `outputs` are the model's for `batch`."""
         return {}
 

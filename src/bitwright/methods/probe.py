@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from bitwright.batches import Inputs
 from bitwright.prepare import quantizers
 from bitwright.wrappers import unwrap
 
@@ -36,16 +38,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 quantizer.refresh()
 
 
-def forward_fast(model: nn.Module, x: Tensor) -> Tensor:
-    """`model(x)` up to rounding, channels last where the CPU's convolutions gain by it (a third of ResNet-20's time).
+def forward_fast(model: nn.Module, inputs: Inputs) -> Any:
+    """What `model` puts out, up to rounding, channels last where the CPU's convolutions gain by it (a third of
+    ResNet-20's time).
 
     For passes without gradient. Networks that insist on their layout (`Tensor.view` on a feature map) and compiled
-    ones, which would be compiled anew, get `x` as it is.
+    ones, which would be compiled anew, get their inputs as they are.
     """
-    if x.ndim == 4 and x.device.type == "cpu" and unwrap(model) is model:
+    x = inputs.args[0] if len(inputs.args) == 1 and not inputs.kwargs else None
+    if x is not None and x.ndim == 4 and x.device.type == "cpu" and unwrap(model) is model:
         try:
             return model(x.contiguous(memory_format=torch.channels_last))
         except RuntimeError as error:
             if "view" not in str(error):
                 raise
-    return model(x)
+    return inputs.call(model)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bitwright import quantizers
+from bitwright.batches import inputs_of
 from bitwright.methods.allocation import sensitivities
 from bitwright.methods.allocation.sensitivity import divergence
 from methods.nets import data, float_net, quantized, same_state
@@ -23,7 +24,7 @@ def test_one_place_at_a_time_is_quantized_and_nothing_stays():
     before = copy.deepcopy(model)
     every = quantizers(model)
     places = [[q] for q in every.values()]
-    found = sensitivities(model, x, places, [2, 8])
+    found = sensitivities(model, inputs_of(x, "test"), places, [2, 8])
     assert same_state(model, before)
     assert found.shape == (len(every), 2)
     assert (found[:, 0] > found[:, 1]).all()
@@ -44,5 +45,5 @@ def test_one_place_at_a_time_is_quantized_and_nothing_stays():
 def test_a_failing_pass_leaves_no_quantizer_bypassed():
     model = quantized(float_net(), bits=8).eval()
     with pytest.raises(RuntimeError):
-        sensitivities(model, torch.zeros(2, 7, 8, 8), [[q] for q in quantizers(model).values()], [2])
+        sensitivities(model, inputs_of(torch.zeros(2, 7, 8, 8), "test"), [[q] for q in quantizers(model).values()], [2])
     assert not any(q.bypass for q in quantizers(model).values())

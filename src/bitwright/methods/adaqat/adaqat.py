@@ -219,14 +219,15 @@ class AdaQAT(Method):
     @torch.no_grad()
     def _loss(self, step: Any, width: Width | None, bits: int) -> Tensor:
         """Task loss of the present batch, with `bits` bits for `width`; the model is as before afterwards."""
-        x, y = step.batch
-        count = max(min(2, len(x)), round(self.fraction * len(x)))
+        inputs, y = step.batch.inputs, step.batch.y
+        rows = inputs.rows
+        count = max(min(2, rows), round(self.fraction * rows))
         self.probes += 1
-        with untouched(self.model), step.autocast(x.device):
+        with untouched(self.model), step.autocast(inputs.device):
             if width is not None:
                 for quantizer in width.quantizers:
                     quantizer.set_bits(bits)
-            return step.loss_fn(forward_fast(step.model, x[:count]), y[:count]).float()
+            return step.loss_fn(forward_fast(step.model, inputs.by_row(lambda t: t[:count])), y[:count]).float()
 
     def _finish(self) -> None:
         """Freeze everything; with a budget, at the nearest assignment that meets it."""

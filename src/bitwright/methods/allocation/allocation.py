@@ -76,10 +76,10 @@ class Allocation(Method):
         if self.steps == self.needed:
             return
         self.steps += 1
-        x, _ = step.batch
+        inputs = step.batch.inputs
         places = [layer[role] for layer in self.layers.values() for role in ROLES]
-        with step.autocast(x.device):
-            found = sensitivities(self.model, x, places, self.candidates)
+        with step.autocast(inputs.device):
+            found = sensitivities(self.model, inputs, places, self.candidates)
         self.measured += mean_over_ranks(found).cpu().view_as(self.measured) / self.needed
         if self.steps == self.needed:
             self._apply(self._solved())

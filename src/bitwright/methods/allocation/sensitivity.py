@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitwright.batches import Inputs, logits_of
 from bitwright.methods.probe import forward_fast, untouched
 from bitwright.prepare import quantizers
 from bitwright.quantizer import Quantizer
@@ -20,13 +21,13 @@ def divergence(outputs: Tensor, reference: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sensitivities(
-    model: nn.Module, x: Tensor, places: Sequence[Sequence[Quantizer]], candidates: Sequence[int]
+    model: nn.Module, inputs: Inputs, places: Sequence[Sequence[Quantizer]], candidates: Sequence[int]
 ) -> Tensor:
     """Divergence of the outputs from the float network's with one place quantized, all else float.
 
     Args:
         model: prepared and calibrated, neither compiled nor wrapped; as it was afterwards, to the last bit.
-        x: one batch of inputs.
+        inputs: one batch.
         places: quantizers that share one width, per place. candidates: bits to try.
 
     Returns:
@@ -35,12 +36,12 @@ def sensitivities(
     """
     every = list(quantizers(model).values())
     before = [q.bypass for q in every]
-    found = torch.zeros(len(places), len(candidates), dtype=torch.float64, device=x.device)
+    found = torch.zeros(len(places), len(candidates), dtype=torch.float64, device=inputs.device)
     try:
         for quantizer in every:
             quantizer.bypass = True
         with untouched(model):
-            reference = forward_fast(model, x)
+            reference = logits_of(forward_fast(model, inputs), "allocation")
         for i, place in enumerate(places):
             for quantizer in place:
                 quantizer.bypass = False
@@ -48,7 +49,7 @@ def sensitivities(
                 with untouched(model):
                     for quantizer in place:
                         quantizer.set_bits(bits)
-                    found[i, j] = divergence(forward_fast(model, x), reference)
+                    found[i, j] = divergence(logits_of(forward_fast(model, inputs), "allocation"), reference)
             for quantizer in place:
                 quantizer.bypass = True
     finally:

@@ -172,6 +172,8 @@ class BWRF(Method):
             if h is None:
                 raise BitwrightError(f"bwrf: block {name!r} did not run in the model's training forward pass")
         if not self._checked:
+            if not isinstance(batch.x, Tensor) or not isinstance(outputs, Tensor):
+                raise BitwrightError("bwrf: takes models of one tensor in and one tensor out; wrap model and partner")
             if self.order == "prefix":  # suffixes quantize the partner's outputs: its very own
                 self.partner.slim(batch.x[:2])
             check_cut(self.partner, batch.x, features)

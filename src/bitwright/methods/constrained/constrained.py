@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bitwright.batches import logits_of
 from bitwright.constraints import Constraint
 from bitwright.errors import BitwrightError
 from bitwright.grids.base import as_float
@@ -91,7 +92,7 @@ class Constrained(Method):
         return {name: c.multiplier / c.target for name, c in self.constraints.items()}
 
     def losses(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
-        self.outputs = outputs
+        self.outputs = logits_of(outputs, "constrained")
         return {}
 
     def backward(self, step: Any) -> None:
@@ -100,7 +101,7 @@ class Constrained(Method):
             # Behind all other methods' losses, some of which look at what the network's modules put out last.
             kept = [b.clone() for b in self.views.statistics]
             run = step.model.module if isinstance(step.model, DistributedDataParallel) else step.model
-            with step.autocast(step.batch.x.device):
+            with step.autocast(step.batch.inputs.device):
                 own = self._terms(run, step.batch)
         total = total + own["constrained_task"] + own["constrained"]
         step.result.loss = total.detach()
@@ -115,9 +116,9 @@ class Constrained(Method):
     def _terms(self, run: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The full-precision task loss, and what the constraints add to it; scalars in float32 at least."""
         with self.views.full():
-            full = run(batch.x)
+            full = batch.inputs.call(run)
         assert self.outputs is not None
-        values = {OUTPUT: soft_cross_entropy(self.outputs, full)}
+        values = {OUTPUT: soft_cross_entropy(self.outputs, logits_of(full, "constrained"))}
         for name in self.views.layers:
             mine, low = self.views.local(name)
             values[name] = (as_float(mine) - as_float(low)).square().mean()

@@ -1,9 +1,12 @@
 """Knowledge distillation: the softened outputs of a teacher as targets."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitwright.batches import logits_of
 from bitwright.errors import BitwrightError
 from bitwright.methods.base import Batch, Method
 from bitwright.methods.probe import forward_fast
@@ -44,7 +47,7 @@ class KD(Method):
         self.teacher = teacher.eval().requires_grad_(False)
         self.weight, self.temperature = weight, temperature
 
-    def losses(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         with torch.no_grad():
-            target = forward_fast(self.teacher, batch.x)
-        return {"kd": self.weight * kd_loss(outputs, target, self.temperature)}
+            target = logits_of(forward_fast(self.teacher, batch.inputs), "kd: the teacher")
+        return {"kd": self.weight * kd_loss(logits_of(outputs, "kd"), target, self.temperature)}
