@@ -226,7 +226,7 @@ def test_keywords_and_dicts_train_as_tensors_do(method):
         methods = {
             "kd": lambda: bw.KD(teacher),
             "adaqat": lambda: bw.AdaQAT(model, 20, every=1, warmup_steps=0, probe_fraction=0.5),
-            "allocation": lambda: bw.Allocation(model, costs, {"bitops": 0.6 * costs.bitops}, steps=2),
+            "allocation": lambda: bw.Allocation(model, costs, {"bitops": 0.9 * costs.bitops}, steps=2),
             "constrained": lambda: bw.Constrained(model, loss_fn),
             "saq": lambda: bw.SAQ(model, rho=0.1),
         }
