@@ -7,7 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bitwright import BitwrightError, QuantizerSpec, Rule, Step, calibrate, prepare, quant_layers, quantizers, rules
+from bitwright import (
+    Batch,
+    BitwrightError,
+    QuantizerSpec,
+    Rule,
+    Step,
+    calibrate,
+    prepare,
+    quant_layers,
+    quantizers,
+    rules,
+)
 from bitwright.costs import LayerCost, cost_table
 from bitwright.grids.lsq import normal_step
 from bitwright.methods.adaqat import AdaQAT
@@ -237,7 +248,7 @@ def test_budgets_are_met_from_below_within_a_hundredth_and_better_than_by_unifor
     budget = {kind: float(uniform(rows, kind, w, a)) for kind in kinds}
     method = AdaQAT(model, 500, rows, budget, granularity="layer", every=1, rule=rule)
     step = Step(nn.Identity(), lambda o, y: torch.tensor(layered(model)), torch.optim.SGD(model.parameters(), 0.1), [])
-    step.batch = data()
+    step.batch = Batch(*data())
     for _ in range(500):
         method.after_step(step)
     for kind, limit in budget.items():
@@ -256,7 +267,7 @@ def test_a_budget_is_met_by_the_network_wide_widths_too_as_far_as_there_are_any(
     model, rows = network()
     method = AdaQAT(model, 300, rows, {"bitops": uniform(rows, "bitops", 3, 4) * 1.02}, every=1)
     step = Step(nn.Identity(), lambda o, y: torch.tensor(layered(model)), torch.optim.SGD(model.parameters(), 0.1), [])
-    step.batch = data()
+    step.batch = Batch(*data())
     for _ in range(300):
         method.after_step(step)
     (w,), (a,) = ({b for b in bits_of(model, role)[1:-1]} for role in ("weight", "input"))
