@@ -167,24 +167,11 @@ def test_folders_that_cannot_be_written(where, tmp_path):
         write(onnx.ModelProto(), tmp_path / where, torch.zeros(1))
 
 
-class TwoOutputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.fc(x), x
-
-
 def test_refusals_are_one_line(tmp_path):
     x = torch.randn(4, 4)
     model = quantized(nn.Sequential(nn.Linear(4, 2)), "w4a4", x)
     with pytest.raises(BitwrightError, match="target 'tflite' is not accepted"):
         export(model, tmp_path / "a", x, target="tflite")
-    two = bw.prepare(TwoOutputs(), bw.rules("w4a4")).eval()
-    bw.calibrate(two, [x])
-    with pytest.raises(BitwrightError, match=r"one tensor out.*a tuple of \(Tensor, Tensor\) with 2"):
-        export(two, tmp_path / "a", x)
     with pytest.raises(BitwrightError, match=r"call bitwright\.prepare"):
         export(nn.Linear(4, 2), tmp_path / "a", x)
     assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from running import PATHS
 
 import bitwright as bw
+from bitwright.batches import inputs_of
 from bitwright.deploy.targets import OPEN
 from bitwright.errors import BitwrightError
 from bitwright.runtime import load
@@ -103,7 +104,7 @@ def test_float_residuals(tmp_path, monkeypatch):
     assert set(opened[0].weights) == {
         n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
     }
-    assert len(opened[0].run(x)[1]) == len(opened[0].network.calls)
+    assert len(opened[0].run(inputs_of(x, "test"))[1]) == len(opened[0].network.calls)
     (want,) = in_onnxruntime(path, x.numpy())
     for kernels in ("reference", None):
         out = load(path, kernels=kernels).run(x.numpy())
