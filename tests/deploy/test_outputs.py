@@ -10,6 +10,7 @@ import bitwright as bw
 from bitwright.batches import inputs_of
 from bitwright.deploy import export, freeze, snap_biases, verify
 from bitwright.deploy.unread import unread
+from bitwright.deploy.verify import beaten
 from bitwright.errors import BitwrightError
 
 
@@ -179,6 +180,28 @@ def test_heads_without_effect_on_an_output_are_not_asked_for(target, tmp_path):
     assert found.ok, found.first_difference
     assert {row["name"].partition(".")[0] for row in found.rows() if row["values"]} >= {"stem", "head"}
     assert all(p.grad is None for p in model.parameters())
+
+
+class Overwrites(WithoutAux):
+    """Runs well, and cannot be differentiated: a value that a gradient needs is written over."""
+
+    def forward(self, x):
+        y = torch.sigmoid(self.stem(x))
+        z = self.head(y)
+        y.zero_()
+        return z
+
+
+def test_a_network_that_cannot_be_differentiated_is_verified(tmp_path):
+    model, x = Overwrites().eval(), torch.randn(6, 3, 16, 16)
+    bw.calibrate(bw.prepare(model, [bw.Rule(match="stem", weight=bw.QuantizerSpec(bits=4))]), [x])
+    assert unread(model, inputs_of(x, "test")) == set()
+
+
+def test_one_prediction_an_image_is_no_map():
+    outputs = torch.tensor([[1.0, 0.0], [1.0, 0.0]])[:, :, None, None]
+    wrong = torch.tensor([[[0]], [[1]]])
+    assert beaten(outputs, wrong, 1, torch.tensor([False, False])).tolist() == [False, True]
 
 
 def test_a_file_without_a_layer_that_counts_is_another_network(tmp_path):

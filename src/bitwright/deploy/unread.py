@@ -15,13 +15,16 @@ def unread(model: nn.Module, inputs: Inputs) -> set[str]:
     """Names of quantizers and quantized layers of `model` (in evaluation mode) that no output is computed from.
 
     Their results get a zero added, and the outputs are asked for its gradient. Where an output has no gradient at all,
-    as indices have none, nothing is said to be unread.
+    as indices have none, or the network cannot be differentiated, nothing is said to be unread.
     """
     with torch.enable_grad(), zeros_added(model) as zeros:
-        outputs = [*outputs_of(inputs.run(model), "verify").values()]
-        if not zeros or not all(t.requires_grad for t in outputs):
+        try:
+            outputs = [*outputs_of(inputs.run(model), "verify").values()]
+            if not zeros or not all(t.requires_grad for t in outputs):
+                return set()
+            found = torch.autograd.grad([t.sum() for t in outputs], [*zeros.values()], allow_unused=True)
+        except RuntimeError:  # an operator without a backward pass, or one that writes over what it would need
             return set()
-        found = torch.autograd.grad([t.sum() for t in outputs], [*zeros.values()], allow_unused=True)
     return {name for name, gradient in zip(zeros, found, strict=True) if gradient is None}
 
 

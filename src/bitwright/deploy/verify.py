@@ -170,7 +170,7 @@ def beaten(outputs: Tensor, predicted: Tensor, axis: int, clean: Tensor) -> Tens
 
     clean: images whose codes agree everywhere.
     """
-    dense = outputs.ndim == 4
+    dense = outputs.ndim == 4 and outputs.shape[2] * outputs.shape[3] > 1
     found = outputs.gather(axis, predicted.unsqueeze(axis)).squeeze(axis)
     tie = (DENSE_TIE if dense else TIE) * outputs.abs().amax()
     wrong = (found < outputs.amax(axis) - tie).reshape(len(found), -1)
