@@ -9,9 +9,12 @@ is that of one round's two times; the table gives its median and quartiles over 
 to the plain quantized one (`lsq`), and to the float step of the same mode. `saved` is the bytes kept for the backward
 pass, counted by saved-tensor hooks (parameters left out), as a ratio to the eager float step's. One time of `adaqat`
 is the mean of its 8 steps between two updates, probes included. Freed memory is kept, as `bitwright train` does
-(`memory.py` measures that). `-compiled`: Inductor; `-lean`: Inductor with `activation_memory=0.7`.
+(`memory.py` measures that).
+
+`-compiled`: Inductor; `-lean`: Inductor with `--activation-memory` (0.7).
 `float-waiting`: the float step with norms that wait for relu and sums, as `bitwright train` trains float partners.
 `-graphs`: Inductor with CUDA graphs (`mode="reduce-overhead"`), where kernels are shorter than their launches.
+`-bf16-guide`: the partner or teacher alone computes in bfloat16 (`partner_dtype`, `teacher_dtype`).
 `--bf16`: every case under bfloat16 autocast, for processors that have it (others emulate it, slowly).
 `--device cuda`: on a GPU, where a time is the wall's over `--repeats` steps, launches and synchronisation included.
 `--channels-last`: weights and images in that layout. `--topology`: of the `lsq` cases; the others have float sums.
@@ -40,7 +43,6 @@ from bitwright.training.memory import keep_freed_memory
 from bitwright.training.models import build_model
 
 SIZES = {"resnet8": 32, "resnet20": 32, "torchvision/resnet18": 224, "timm/vit_tiny_patch16_224": 224}
-LEAN = 0.7
 GRAPHS = {"mode": "reduce-overhead"}
 METHODS = ["pege-0.5", "pege-1", "kd", "bwrf", "bwrf-sampled", "adaqat", "hgq", "constrained"]
 
@@ -65,9 +67,9 @@ def make_step(
 
 
 def builders(
-    model: nn.Module, bits: str, x: torch.Tensor, topology: Topology = "fpres", **options
+    model: nn.Module, bits: str, x: torch.Tensor, topology: Topology = "fpres", lean: float = 0.7, **options
 ) -> dict[str, Callable[[], bw.Step]]:
-    """What makes each case's step, by name; `options` of `Step`."""
+    """What makes each case's step, by name; `lean` of the lean ones, `options` of `Step`."""
 
     def plain(compiled: dict[str, Any] | None = None) -> bw.Step:
         return make_step(copy.deepcopy(model), compiled=compiled, **options)
@@ -84,12 +86,12 @@ def builders(
         made = quantized(model, bits, x, estimator="pege", estimator_options={"rate": rate})
         return make_step(made, **options)
 
-    def kd() -> bw.Step:
-        return make_step(quantized(model, bits, x), [bw.KD(copy.deepcopy(model))], **options)
+    def kd(dtype: str | None) -> bw.Step:
+        return make_step(quantized(model, bits, x), [bw.KD(copy.deepcopy(model), teacher_dtype=dtype)], **options)
 
-    def bwrf(sample: bool) -> bw.Step:
-        student = quantized(model, bits, x)
-        return make_step(student, [bw.BWRF(student, copy.deepcopy(model), sample=sample)], **options)
+    def bwrf(sample: bool, dtype: str | None) -> bw.Step:
+        student, partner = quantized(model, bits, x), copy.deepcopy(model)
+        return make_step(student, [bw.BWRF(student, partner, sample=sample, partner_dtype=dtype)], **options)
 
     def adaqat() -> bw.Step:
         student = quantized(model, "w8a8", x)
@@ -112,13 +114,16 @@ def builders(
         "lsq-compiled": partial(lsq, {}),
         "float-graphs": partial(plain, GRAPHS),
         "lsq-graphs": partial(lsq, GRAPHS),
-        "float-lean": partial(plain, {"activation_memory": LEAN}),
-        "lsq-lean": partial(lsq, {"activation_memory": LEAN}),
+        "float-lean": partial(plain, {"activation_memory": lean}),
+        "lsq-lean": partial(lsq, {"activation_memory": lean}),
         "pege-0.5": partial(pege, 0.5),
         "pege-1": partial(pege, 1.0),
-        "kd": kd,
-        "bwrf": partial(bwrf, False),
-        "bwrf-sampled": partial(bwrf, True),
+        "kd": partial(kd, None),
+        "bwrf": partial(bwrf, False, None),
+        "bwrf-sampled": partial(bwrf, True, None),
+        "kd-bf16-guide": partial(kd, "bfloat16"),
+        "bwrf-bf16-guide": partial(bwrf, False, "bfloat16"),
+        "bwrf-sampled-bf16-guide": partial(bwrf, True, "bfloat16"),
         "adaqat": adaqat,
         "hgq": hgq,
         "constrained": constrained,
@@ -147,6 +152,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--topology", choices=["fpres", "res8", "shared"], default="fpres")
+    parser.add_argument("--activation-memory", type=float, default=0.7, help="of the -lean cases")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=1, help="steps a time; 20 and more on a GPU")
     parser.add_argument("--out", type=Path)
@@ -161,7 +167,7 @@ def main() -> None:
     if args.channels_last:
         model, x = (t.to(memory_format=torch.channels_last) for t in (model, x))
     options = {"amp_dtype": torch.bfloat16} if args.bf16 else {}
-    known = builders(model, args.bits, x, args.topology, **options)
+    known = builders(model, args.bits, x, args.topology, args.activation_memory, **options)
     names = ["float", "lsq", *(c for c in args.cases if c not in ("float", "lsq"))]
     steps = {name: known[name]() for name in names}
 

@@ -118,9 +118,10 @@ class Tap:
             return None
         self.output = output
         if self.replace is not None:
-            return self.replace
+            return self.replace.to(output.dtype)
         if self.append is None:
             return None
-        # Of one layout: all that follows takes its time from that.
-        rows = channels_last(self.append) if is_channels_last(output) else self.append
+        # Of one type and layout: all that follows takes its time from these.
+        rows = self.append.to(output.dtype)
+        rows = channels_last(rows) if is_channels_last(output) else rows
         return torch.cat([output, rows])

@@ -14,6 +14,7 @@ from bitwright.methods.base import Batch, Method
 from bitwright.methods.bwrf.blocks import GRANULARITIES, Tap, find, find_blocks
 from bitwright.methods.bwrf.partner import Partner, check_cut
 from bitwright.methods.kd import kd_loss
+from bitwright.methods.precision import casting, guide_dtype
 from bitwright.methods.probe import unwrap
 from bitwright.prepare import quantizers
 
@@ -74,6 +75,9 @@ class BWRF(Method):
         sample: True runs one branch a step, k drawn with p_k proportional to w_k, weighted w_k / p_k.
         joint: "prefix" only: True gives z_F and all branches in one forward pass of the partner. Fewer kernel
             launches, but the teacher's rows then take part in the backward pass; default False.
+        partner_dtype: torch.bfloat16: the partner's passes, with all branches, run under autocast to it, whatever the
+            model runs in: less time where processors have bfloat16 products. Losses stay float32. None (default): as
+            the step runs.
         loss_fn: the task loss of the branches. Default cross entropy.
         seed: of the sampling.
 
@@ -104,6 +108,7 @@ class BWRF(Method):
         total_steps: int | None = None,
         sample: bool = False,
         joint: bool = False,
+        partner_dtype: torch.dtype | str | None = None,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         seed: int = 0,
     ):
@@ -142,6 +147,7 @@ class BWRF(Method):
         self.fade, self.total_steps, self.steps = fade, total_steps or 1, 0
         self.sample, self.joint, self.loss_fn = sample, joint and order == "prefix", loss_fn
         self.weights = branch_weights(len(self.blocks), weights, beta)
+        self.partner_dtype = guide_dtype(partner_dtype, "bwrf: partner_dtype")
         self.partner = Partner(partner, self.blocks)
         self.taps = [Tap() for _ in self.blocks]
         self._handles = [tap.attach(self.model.get_submodule(b)) for tap, b in zip(self.taps, self.blocks, strict=True)]
@@ -196,17 +202,18 @@ class BWRF(Method):
         self, x: Tensor, features: list[Tensor], branches: list[int], wants_teacher: bool
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """(teacher's logits, {k: branch k's logits}); the teacher's are arbitrary where nobody wants them."""
-        if self.order == "prefix" and self.joint:
-            teacher, logits = self.partner.branches(x, {k: features[k] for k in branches})
-            return teacher.detach(), logits
-        teacher, outputs = x, [x]
-        if wants_teacher or self.order == "suffix":
-            teacher, outputs = self.partner.plain(x)
-        if not branches:
-            return teacher, {}
-        if self.order == "suffix":
-            return teacher, {k: self._suffix(x[:2], k, outputs[k]) for k in branches}
-        return teacher, self.partner.branches(x[:1], {k: features[k] for k in branches})[1]
+        with casting(x.device, self.partner_dtype):
+            if self.order == "prefix" and self.joint:
+                teacher, logits = self.partner.branches(x, {k: features[k] for k in branches})
+                return teacher.detach(), logits
+            teacher, outputs = x, [x]
+            if wants_teacher or self.order == "suffix":
+                teacher, outputs = self.partner.plain(x)
+            if not branches:
+                return teacher, {}
+            if self.order == "prefix":
+                return teacher, self.partner.branches(x[:1], {k: features[k] for k in branches})[1]
+        return teacher, {k: self._suffix(x[:2], k, outputs[k]) for k in branches}
 
     def _suffix(self, carrier: Tensor, k: int, h: Tensor) -> Tensor:
         """The model's logits with `h` in place of the output of block k; its buffers stay as they are."""
@@ -221,7 +228,7 @@ class BWRF(Method):
     def _branch_loss(self, logits: Tensor, y: Tensor, teacher: Tensor) -> Tensor:
         terms = []
         if self.branch_loss != "kd":
-            terms.append(self.loss_fn(logits, y))
+            terms.append(self.loss_fn(logits if self.partner_dtype is None else logits.float(), y))
         if self.branch_loss != "ce" and self.alpha > 0:
             terms.append(self.alpha * kd_loss(logits, teacher, self.temperature))
         return torch.stack([t.float() for t in terms]).sum()
