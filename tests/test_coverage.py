@@ -16,13 +16,20 @@ class Standardized(nn.Conv2d):
         return self._conv_forward(input, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
 
 
+class Standardized3d(nn.Conv3d):
+    """One whose weight another method computes."""
+
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
 def test_layers_without_a_quantized_form_are_listed_with_the_reason():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1),
         Standardized(4, 4, 1),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)),
         nn.Unflatten(1, (4, 1)),
-        nn.Conv3d(4, 4, 1),
+        Standardized3d(4, 4, 1),
         nn.Flatten(1, 2),
         nn.Conv2d(4, 2, 1),
     )
@@ -34,7 +41,9 @@ def test_layers_without_a_quantized_form_are_listed_with_the_reason():
     assert found.notes.keys() == {"1", "2", "4"}, "a layer left out by rule needs no excuse"
     assert found.notes["1"] == "a Standardized: it cannot be quantized: its class is a Conv2d with a forward of its own"
     assert found.notes["2"].startswith("a ParametrizedConv2d:")
-    assert found.notes["4"] == "a Conv3d: layers of this class have no quantized form"
+    assert found.notes["4"] == (
+        "a Standardized3d: it cannot be quantized: its class is a Conv3d that computes in a way of its own"
+    )
 
 
 def test_a_quantizer_that_did_not_run_or_let_everything_pass_is_missed():

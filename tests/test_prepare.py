@@ -116,21 +116,24 @@ def test_quantizers_take_the_mode_of_their_layer():
     assert modes == {n: n.startswith("1.") for n in modes}
 
 
-class Plainly(nn.Conv2d):
-    """A class of the user's that changes nothing."""
+class Doubled(nn.Conv2d):
+    """A class of the user's that computes something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
 
 
 def test_layers_without_a_quantized_form_are_named_once_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     def net() -> nn.Module:
-        parts = [nn.Conv2d(3, 4, 3), Plainly(4, 4, 3), nn.Conv3d(4, 4, 3), nn.Conv3d(4, 2, 2)]
+        parts = [nn.Conv2d(3, 4, 3), Doubled(4, 4, 3), nn.Bilinear(4, 4, 3), nn.Bilinear(4, 2, 2)]
         return nn.Sequential(*parts, nn.Flatten(), nn.Linear(8, 2))
 
     warn_once.cache_clear()
     for _ in range(2):
         bw.prepare(net(), bw.rules("w4a4"))
     assert [r.message for r in caplog.records] == [
-        "bitwright: 1 Plainly, 2 Conv3d stay float (1, 2, 3): it cannot be quantized: Conv2d itself "
-        "is, not classes that derive from it; bitwright.coverage lists all"
+        "bitwright: 1 Doubled, 2 Bilinear stay float (1, 2, 3): it cannot be quantized: its class is a Conv2d "
+        "with a forward of its own; bitwright.coverage lists all"
     ]
     caplog.clear()
     bw.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), bw.rules("w4a4"))

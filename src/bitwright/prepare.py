@@ -42,8 +42,8 @@ def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
     valid; the model must then be calibrated (`calibrate`) or loaded before its first forward pass.
 
     Args:
-        model: any module; nothing of it is run. Layers with weights that have no quantized form (3-D convolutions,
-            recurrent layers, parametrized ones) stay float, and one line in the log names them.
+        model: any module; nothing of it is run. Layers with weights that have no quantized form (recurrent
+            layers, parametrized ones) stay float, and one line in the log names them.
         rules: ordered, later wins (`Rule`, or `bitwright.rules("w4a4")`).
 
     Raises:

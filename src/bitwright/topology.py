@@ -21,11 +21,11 @@ TOPOLOGIES = ("fpres", "res8", "shared")
 
 # Runtimes merge these into the kernel before, and a quantizer behind them into it as well.
 FUSED = {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "clip"}
+POOLS = {"max_pool1d", "max_pool2d", "max_pool3d"}
 # The codes of their output are codes of their input, so that a quantizer may stand on either side.
-MOVED = {
-    *("max_pool1d", "max_pool2d", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze"),
+MOVED = POOLS | {
+    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "squeeze", "pixel_shuffle"),
     *("unsqueeze", "__getitem__", "contiguous", "clone", "dropout", "pad"),
-    "pixel_shuffle",
 }
 # What a network makes of its last layer: a mask at the picture's size, a probability, a pixel.
 LAST = {"interpolate", "sigmoid", "tanh", "softmax", "log_softmax"}
@@ -189,9 +189,7 @@ def read_by_one_layer(value: Value, layers: Mapping[str, nn.Module]) -> bool:
 def settled(value: Value) -> list[Value]:
     """`value` and what a kernel or its output's quantizer makes of it before anything else reads it."""
     chain = [value]
-    while (
-        len(value.readers) == 1 and not value.leaves and value.readers[0].kind in FUSED | {"max_pool1d", "max_pool2d"}
-    ):
+    while len(value.readers) == 1 and not value.leaves and value.readers[0].kind in FUSED | POOLS:
         value = value.readers[0]
         chain.append(value)
     return chain

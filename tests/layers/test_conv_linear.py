@@ -10,7 +10,7 @@ from torch import nn
 
 import bitwright as bw
 from bitwright.errors import BitwrightError
-from bitwright.layers import Add, QuantAdd, QuantConv2d, QuantConv2dSame, QuantEmbedding, QuantLinear
+from bitwright.layers import Add, QuantAdd, QuantConv2d, QuantConv2dSame, QuantConv3d, QuantEmbedding, QuantLinear
 from bitwright.rules import Rule
 from bitwright.training.vision import import_timm
 
@@ -46,6 +46,29 @@ def test_conv1d(mode):
     layer, w, xq = ready(layer, x)
     padded = F.pad(xq, (1, 1), mode="constant" if mode == "zeros" else mode)
     torch.testing.assert_close(layer(x), F.conv1d(padded, w, layer.bias, 2, groups=6))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "replicate", "circular"])
+@pytest.mark.parametrize(("groups", "stride", "dilation"), [(1, 1, 1), (2, (1, 2, 2), 1), (4, 1, (1, 2, 1))])
+def test_conv3d(mode, groups, stride, dilation):
+    layer = nn.Conv3d(4, 8, (1, 3, 2), stride, (1, 2, 0), dilation, groups, padding_mode=mode)
+    x = torch.randn(2, 4, 5, 9, 6)
+    layer, w, xq = ready(layer, x)
+    assert type(layer) is QuantConv3d
+    padded = F.pad(xq, (0, 0, 2, 2, 1, 1), mode="constant" if mode == "zeros" else mode)
+    torch.testing.assert_close(layer(x), F.conv3d(padded, w, layer.bias, stride, 0, dilation, groups))
+    assert layer.weight_quantizer.shape.channels == 8
+
+
+def test_conv3d_with_inputs_per_channel():
+    layer, x = nn.Conv3d(3, 2, 2), torch.randn(2, 3, 4, 4, 4) * torch.tensor([0.1, 1.0, 10.0]).view(1, 3, 1, 1, 1)
+    per_channel = bw.QuantizerSpec(bits=4, per_channel=True)
+    bw.calibrate(bw.prepare(layer, [Rule(match="*", weight=per_channel, input=per_channel)]), [x])
+    a = layer.input_quantizer.grid.scale.detach()
+    assert a.shape == (3,)
+    assert a[0] < a[1] < a[2]
+    a = a.view(1, 3, 1, 1, 1)
+    torch.testing.assert_close(layer.input_quantizer(x), (x / a).round().clamp(-8, 7) * a)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")

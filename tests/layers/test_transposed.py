@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bitwright as bw
-from bitwright.layers import QuantConvTranspose1d, QuantConvTranspose2d
+from bitwright.layers import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
 from bitwright.methods.csq.planes import BitPlanes
 from bitwright.rules import Rule
 
@@ -31,6 +31,17 @@ def test_2d_has_a_scale_per_output_channel_of_a_group(groups, stride, dilation, 
     w, xq = rounded(weight, s, groups), (x / a).round().clamp(-8, 7) * a
     expected = F.conv_transpose2d(xq, w, bias, stride, (1, 0), extra, groups, dilation)
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_3d():
+    layer = nn.ConvTranspose3d(4, 6, (1, 2, 3), (1, 2, 2), (0, 0, 1), (0, 0, 1), groups=2)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    x = torch.randn(2, 4, 3, 4, 5)
+    bw.calibrate(bw.prepare(layer, bw.rules("w4a4", ends=None)), [x])
+    assert type(layer) is QuantConvTranspose3d
+    s, a = layer.weight_quantizer.grid.scale.detach(), layer.input_quantizer.grid.scale.detach()
+    w, xq = rounded(weight, s, 2), (x / a).round().clamp(-8, 7) * a
+    torch.testing.assert_close(layer(x), F.conv_transpose3d(xq, w, bias, (1, 2, 2), (0, 0, 1), (0, 0, 1), 2))
 
 
 def test_the_scales_start_from_each_output_channel_and_learn():

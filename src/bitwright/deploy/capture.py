@@ -24,17 +24,20 @@ ATEN = torch.ops.aten
 CONVOLUTIONS: dict[Any, int] = {  # axes of the output
     ATEN.conv1d.default: 3,
     ATEN.conv2d.default: 4,
+    ATEN.conv3d.default: 5,
     ATEN.conv1d.padding: 3,
     ATEN.conv2d.padding: 4,
+    ATEN.conv3d.padding: 5,
     ATEN.conv_transpose1d.default: 3,
     ATEN.conv_transpose2d.input: 4,
+    ATEN.conv_transpose3d.input: 5,
 }
 # Runtimes merge these into the convolution before and the quantizer behind, or move the quantizer before them.
 PASSED = {
     *(ATEN.relu, ATEN.relu_, ATEN.relu6, ATEN.hardtanh, ATEN.hardtanh_, ATEN.clamp, ATEN.clamp_min, ATEN.clamp_max),
     *(ATEN.view, ATEN.reshape, ATEN.flatten, ATEN.unflatten, ATEN.permute, ATEN.transpose, ATEN.squeeze),
-    *(ATEN.unsqueeze, ATEN.slice, ATEN.max_pool1d, ATEN.max_pool2d, ATEN.dropout, ATEN.contiguous, ATEN.clone),
-    ATEN.pixel_shuffle,
+    *(ATEN.unsqueeze, ATEN.slice, ATEN.dropout, ATEN.contiguous, ATEN.clone, ATEN.pixel_shuffle),
+    *(ATEN.max_pool1d, ATEN.max_pool2d, ATEN.max_pool3d),
 }
 
 
@@ -78,7 +81,7 @@ class Mark(nn.Module):
 
 def is_plain_norm(module: nn.Module) -> bool:
     """Whether `module` normalises and does nothing else, or is timm's norm with `drop` and `act` behind it."""
-    plain = (nn.BatchNorm1d, nn.BatchNorm2d, QuantBatchNorm2d, nn.SyncBatchNorm)
+    plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, QuantBatchNorm2d, nn.SyncBatchNorm)
     timm_norm = type(module).__module__.startswith("timm.") and type(module).__name__ == "BatchNormAct2d"
     return type(module) in plain or isinstance(module, FoldedNorm) or timm_norm
 

@@ -31,6 +31,7 @@ from bitwright.layers import (
     QuantConv1d,
     QuantConv2d,
     QuantConv2dSame,
+    QuantConv3d,
     QuantConvTranspose,
     QuantEmbedding,
     QuantLayer,
@@ -209,7 +210,7 @@ def frozen_layer(layer: QuantLayer, name: str, plan: Plan) -> nn.Module:
     """The integer form of one quantized layer; BitwrightError if it has none."""
     if isinstance(layer, QuantConvTranspose):
         return IntConvTranspose(layer, frozen_weight_layer(layer, name, plan, lambda **f: PhaseConv(layer, **f)))
-    if isinstance(layer, QuantConv1d | QuantConv2d):
+    if isinstance(layer, QuantConv1d | QuantConv2d | QuantConv3d):
         same = isinstance(layer, QuantConv2dSame)
         return frozen_weight_layer(layer, name, plan, lambda **f: IntConv(layer, same=same, **f))
     if isinstance(layer, QuantProduct):

@@ -237,15 +237,18 @@ class IntLayer(nn.Module):
         return symbol("Layer", x, shape, dtype, {"name": self.name, **attributes})
 
 
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
 class IntConv(IntLayer):
-    """A convolution over one or two axes.
+    """A convolution over one to three axes.
 
     Args:
         source: the convolution that it deploys (stride, dilation, groups, padding are read from it).
         same: TensorFlow's "same" padding, which depends on the input's size.
     """
 
-    def __init__(self, source: nn.Conv1d | nn.Conv2d, *, same: bool, **fields: Any):
+    def __init__(self, source: nn.Conv1d | nn.Conv2d | nn.Conv3d, *, same: bool, **fields: Any):
         super().__init__(**fields)
         self.stride, self.dilation, self.groups = source.stride, source.dilation, source.groups
         self.kernel_size, self.padding_mode, self.same = source.kernel_size, source.padding_mode, same
@@ -273,8 +276,7 @@ class IntConv(IntLayer):
         numbers, weight, factor = self.operands(x)
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         padded = F.pad(numbers, pads, mode=mode) if any(pads) else numbers
-        convolve = F.conv1d if axes == 1 else F.conv2d
-        sums = convolve(padded, weight, None, self.stride, 0, self.dilation, self.groups).double()
+        sums = CONVOLVE[axes](padded, weight, None, self.stride, 0, self.dilation, self.groups).double()
         return self.scaled(sums, factor, axes, x.dtype)
 
 

@@ -170,7 +170,7 @@ def beaten(outputs: Tensor, predicted: Tensor, axis: int, clean: Tensor) -> Tens
 
     clean: images whose codes agree everywhere.
     """
-    dense = outputs.ndim == 4 and outputs.shape[2] * outputs.shape[3] > 1
+    dense = outputs.ndim >= 4 and outputs[0, 0].numel() > 1
     found = outputs.gather(axis, predicted.unsqueeze(axis)).squeeze(axis)
     tie = (DENSE_TIE if dense else TIE) * outputs.abs().amax()
     wrong = (found < outputs.amax(axis) - tie).reshape(len(found), -1)
@@ -202,7 +202,7 @@ def compare_outputs(
     """
     images = len(clean)
     forms = [[in_rows(t, images) for t in outputs] for outputs in (trained, frozen, file)]
-    axes = [1 if t.ndim == 4 else -1 for t in forms[0]]  # classes of a map lie along axis 1
+    axes = [1 if t.ndim >= 4 else -1 for t in forms[0]]  # classes of a map lie along axis 1
     ours, integers, theirs = ([t.argmax(axis) for t, axis in zip(form, axes, strict=True)] for form in forms)
     undecided = anywhere(differing, ours, integers) | anywhere(differing, ours, theirs)
     if bool(undecided.any()):

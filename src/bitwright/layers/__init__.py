@@ -7,7 +7,7 @@ weights and float checkpoints stay what they were.
 from bitwright.layers.add import Add, QuantAdd
 from bitwright.layers.attention import QuantMultiheadAttention, scaled_dot_product
 from bitwright.layers.base import QuantLayer
-from bitwright.layers.conv import QuantConv, QuantConv1d, QuantConv2d, QuantConv2dSame
+from bitwright.layers.conv import QuantConv, QuantConv1d, QuantConv2d, QuantConv2dSame, QuantConv3d
 from bitwright.layers.linear import QuantEmbedding, QuantLinear, QuantProduct
 from bitwright.layers.output import (
     OUTPUT,
@@ -33,7 +33,12 @@ from bitwright.layers.swap import (
     why_not,
     without_form,
 )
-from bitwright.layers.transposed import QuantConvTranspose, QuantConvTranspose1d, QuantConvTranspose2d
+from bitwright.layers.transposed import (
+    QuantConvTranspose,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+)
 from bitwright.layers.waiting import QuantBatchNorm2d, QuantGELU, let_wait
 
 __all__ = [
@@ -47,9 +52,11 @@ __all__ = [
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv2dSame",
+    "QuantConv3d",
     "QuantConvTranspose",
     "QuantConvTranspose1d",
     "QuantConvTranspose2d",
+    "QuantConvTranspose3d",
     "QuantEmbedding",
     "QuantGELU",
     "QuantLayer",

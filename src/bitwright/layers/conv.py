@@ -64,6 +64,13 @@ class QuantConv2d(QuantConv, nn.Conv2d):
         return Shape("input", channels=self.in_channels if per_channel else 1, axis=-3)
 
 
+class QuantConv3d(QuantConv, nn.Conv3d):
+    """`nn.Conv3d` on a quantized weight and input."""
+
+    def input_shape(self, per_channel: bool) -> Shape:
+        return Shape("input", channels=self.in_channels if per_channel else 1, axis=-4)
+
+
 def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
     """Zeros before and after an axis so that the output has ceil(size / stride) positions (TensorFlow's "SAME")."""
     total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)

@@ -80,6 +80,10 @@ class ReproducibleBatchNorm1d(FoldedNorm, nn.BatchNorm1d):
     """`nn.BatchNorm1d`."""
 
 
+class ReproducibleBatchNorm3d(FoldedNorm, nn.BatchNorm3d):
+    """`nn.BatchNorm3d`."""
+
+
 class ReproducibleSyncBatchNorm(FoldedNorm, nn.SyncBatchNorm):
     """`nn.SyncBatchNorm`."""
 
@@ -101,6 +105,7 @@ ROUNDED = (nn.GELU, QuantGELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.Ta
 FOLDED: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: ReproducibleBatchNorm1d,
     nn.BatchNorm2d: QuantBatchNorm2d,
+    nn.BatchNorm3d: ReproducibleBatchNorm3d,
     nn.SyncBatchNorm: ReproducibleSyncBatchNorm,
 }
 

@@ -4,15 +4,17 @@ import functools
 import inspect
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from bitwright.errors import BitwrightError
 from bitwright.layers.add import Add, QuantAdd
 from bitwright.layers.attention import QuantMultiheadAttention
 from bitwright.layers.base import QuantLayer
-from bitwright.layers.conv import QuantConv, QuantConv1d, QuantConv2d, QuantConv2dSame
+from bitwright.layers.conv import QuantConv, QuantConv1d, QuantConv2d, QuantConv2dSame, QuantConv3d
+from bitwright.layers.derived import computes_as, derived_class
 from bitwright.layers.linear import QuantEmbedding, QuantLinear, QuantProduct
-from bitwright.layers.transposed import QuantConvTranspose1d, QuantConvTranspose2d
+from bitwright.layers.transposed import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
 
 # Layers that compute with weights of their own: where they stay float, the user should know.
 COMPUTING = (
@@ -26,20 +28,23 @@ COMPUTING = (
     nn.RNNCellBase,
 )
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-# By exact type: a subclass may have a forward of its own, which a swap would silently replace.
+# By exact type. A class that derives from one of `BASES` has a form of its own where it computes as that does.
 SWAPS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
     nn.ConvTranspose1d: QuantConvTranspose1d,
     nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
     nn.Linear: QuantLinear,
     nn.modules.linear.NonDynamicallyQuantizableLinear: QuantLinear,
     nn.Embedding: QuantEmbedding,
     nn.MultiheadAttention: QuantMultiheadAttention,
     Add: QuantAdd,
 }
+BASES = (*CONVOLUTIONS, nn.Linear, nn.Embedding)
 
 
 def timm_class(module: nn.Module) -> type[QuantLayer] | None:
@@ -106,11 +111,18 @@ def torchvision_class(module: nn.Module) -> type[QuantLayer] | None:
     return None
 
 
+def derived(module: nn.Module) -> type[QuantLayer] | None:
+    """The quantized class for a layer whose class derives from one of torch's and computes as that does."""
+    base = next((b for b in type(module).__mro__ if b in BASES), None)
+    return derived_class(SWAPS[base], type(module)) if base and computes_as(module, base) else None
+
+
 def target_class(module: nn.Module) -> type[QuantLayer] | None:
     """The quantized class for `module` (its own, if it was swapped), or None where there is none."""
     if isinstance(module, QuantLayer):
         return type(module)
     found = SWAPS.get(type(module)) or timm_class(module) or torchvision_class(module) or transformers_class(module)
+    found = found or derived(module)
     return None if found is None or found.refusal(module) else found
 
 
@@ -124,9 +136,11 @@ def why_not(module: nn.Module) -> str:
         names = ", ".join(module.parametrizations)  # pyright: ignore[reportCallIssue, reportArgumentType]
         return f"it cannot be quantized: {names} is parametrized; torch.nn.utils.parametrize.remove_parametrizations"
     base = next((b for b in type(module).__mro__[1:] if b in SWAPS), None)
+    if isinstance(module, LazyModuleMixin):
+        return "it cannot be quantized: it has no weight yet; run the model once first"
     if base:
         if type(module).forward is base.forward:
-            return f"it cannot be quantized: {base.__name__} itself is, not classes that derive from it"
+            return f"it cannot be quantized: its class is a {base.__name__} that computes in a way of its own"
         return f"it cannot be quantized: its class is a {base.__name__} with a forward of its own"
     if type(module).__name__.endswith("Attention") or has_products(type(module)):
         return "its products have no quantized form"

@@ -18,6 +18,9 @@ def outputs_first(weight: Tensor, groups: int) -> Tensor:
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
+TRANSPOSES = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
 class QuantConvTranspose(QuantConv):
     """What quantized transposed convolutions share; `output_size` as in torch."""
 
@@ -33,7 +36,7 @@ class QuantConvTranspose(QuantConv):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         about = (self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation)
         extra = self._output_padding(input, output_size, *about)
-        transpose: Any = F.conv_transpose1d if len(self.kernel_size) == 1 else F.conv_transpose2d
+        transpose: Any = TRANSPOSES[len(self.kernel_size)]
 
         def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return transpose(x, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)
@@ -61,3 +64,7 @@ class QuantConvTranspose1d(QuantConvTranspose, nn.ConvTranspose1d):
 
 class QuantConvTranspose2d(QuantConvTranspose, nn.ConvTranspose2d):
     """`nn.ConvTranspose2d` on a quantized weight and input."""
+
+
+class QuantConvTranspose3d(QuantConvTranspose, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` on a quantized weight and input."""

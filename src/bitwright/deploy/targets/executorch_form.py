@@ -65,6 +65,11 @@ def refuse_layer(layer: IntLayer) -> None:
     quantized = (layer.packed is not None, layer.input_quantizer is not None)
     if quantized == (False, False):
         return
+    if isinstance(layer, IntConv) and len(layer.kernel_size) == 3:
+        raise BitwrightError(
+            f"{layer.name}: target executorch keeps no quantized convolution over three axes; leave it out of the "
+            "rules, or use target onnx"
+        )
     if isinstance(layer, IntEmbedding):
         raise BitwrightError(f"{layer.name}: target executorch keeps no quantized embedding; leave it out of the rules")
     if quantized != (True, True):

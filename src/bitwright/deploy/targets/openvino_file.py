@@ -34,6 +34,8 @@ from bitwright.layers.fold import Weight
 from bitwright.layers.output import has_output
 
 OLDEST = (2025, 0)
+# Lines of its messages that say where it was.
+PLACES = ("Exception from", "Check '", "FrontEnd API failed", "While validating")
 
 
 def runtime() -> ModuleType:
@@ -126,13 +128,19 @@ def the_core() -> Any:
     return runtime().Core()
 
 
+def reason_of(error: Exception) -> str:
+    """Why OpenVINO refused: the first line that does not only say where it was."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line and not line.startswith(PLACES)), first_line(error))
+
+
 def compiled(source: bytes, path: Path) -> Any:
     """The network on the CPU at default settings but `SETTINGS`; BitwrightError if OpenVINO refuses."""
     try:
         core = the_core()
         return core.compile_model(core.read_model(source), "CPU", SETTINGS)
     except Exception as error:
-        raise BitwrightError(f"{path}: openvino cannot open it: {first_line(error)}") from error
+        raise BitwrightError(f"{path}: openvino cannot open it: {reason_of(error)}") from error
 
 
 def kernels(network: Any) -> dict[str, int]:

@@ -104,7 +104,7 @@ def contents(model: nn.Module, frozen: nn.Module) -> tuple[dict[str, Any], dict[
         if codes is not None:
             network["outputs"][name] = fields_of(codes)
     kept = dict(frozen.named_modules())
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     if transposed:
         network["version"] = packed_loader.TRANSPOSED
     network["norms"] = [

@@ -31,9 +31,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 FORMAT, VERSION = "bitwright-packed", "2"
-TRANSPOSED = "3"  # of files with transposed convolutions, which earlier loaders do not know
+TRANSPOSED = "3"  # of files with transposed convolutions, or over three axes, which earlier loaders do not know
 WORD = 32
-TRANSPOSES = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+TRANSPOSES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# By the number of axes.
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 # 2^-k, exact.
 POWERS = [2.0**-k for k in range(64)]
 
@@ -178,11 +181,11 @@ class Layer(nn.Module):
         if isinstance(source, TRANSPOSES):
             about: Any = (source.stride, source.padding, source.kernel_size, trailing, source.dilation)
             extra: Any = source._output_padding(x, output_size, *about)
-            transpose: Any = F.conv_transpose1d if trailing == 1 else F.conv_transpose2d
+            transpose: Any = TRANSPOSE[trailing]
             where = (source.stride, source.padding, extra, source.groups, source.dilation)
             sums = transpose(centered, numbers.double(), None, *where)
         elif trailing:
-            convolve = F.conv1d if trailing == 1 else F.conv2d
+            convolve = CONVOLVE[trailing]
             where = (source.stride, 0, source.dilation, source.groups)
             sums = convolve(self.padded(centered), numbers.double(), None, *where)
         else:
