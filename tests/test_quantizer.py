@@ -84,7 +84,7 @@ def test_an_average_of_buffers_keeps_the_bits(bits, decay):
 @pytest.mark.parametrize("grid", ["lsq", "seq", "dorefa"])
 @pytest.mark.parametrize("bits", [1, 2])
 def test_a_copy_of_the_buffers_takes_over_the_bits(grid, bits):
-    """The code of the value 0 differs at 1 bit, and at 2 bits in `seq`; averages copy buffers and know nothing of it."""
+    """The code of the value 0 differs at 1 bit, and at 2 bits in `seq`; averages copy buffers, and no more."""
     w = torch.randn(4, 3)
     q = make_quantizer(grid, 4, w)
     average = copy.deepcopy(q)

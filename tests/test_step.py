@@ -10,6 +10,7 @@ from torch import nn
 import bitwright as bw
 from bitwright.costs import cost_table
 from bitwright.methods.kd import kd_loss
+from bitwright.prepare import warn_once
 
 
 def net():
@@ -250,3 +251,14 @@ def test_bwrf_reads_one_tensor():
     step = bw.Step(model, lambda out, y: out["logits"].sum(), torch.optim.SGD(model.parameters(), 0.1), [method])
     with pytest.raises(bw.BitwrightError, match=r"^bwrf: takes models of one tensor in and one tensor out"):
         step(batch, None)
+
+
+def test_an_optimizer_made_before_prepare_is_mentioned(caplog):
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(8, 4)
+    early = torch.optim.SGD(model.parameters(), 0.1)
+    bw.calibrate(bw.prepare(model, bw.rules("w4a4")), x)
+    warn_once.cache_clear()
+    bw.Step(model, F.cross_entropy, torch.optim.SGD(model.parameters(), 0.1))
+    assert not caplog.records
+    bw.Step(model, F.cross_entropy, early)
+    assert "the optimizer holds 0 of 3 learned scales" in caplog.text

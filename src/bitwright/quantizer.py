@@ -162,7 +162,7 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         sign = "signed" if self._signed else "unsigned"
-        return f"bits={int(self.bits.item())}, {sign}, channels={self.shape.channels}"
+        return f"bits={round(self.bits.item())}, {sign}, channels={self.shape.channels}"
 
 
 class _Codes:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 from bitwright.errors import BitwrightError
 from bitwright.grids.base import as_float
 from bitwright.methods.base import Batch, Method
+from bitwright.prepare import split_parameters, warn_once
 
 
 @dataclass
@@ -25,6 +26,19 @@ class StepResult:
 def detached(value: Any) -> Any:
     """A tensor without its graph; what else a model puts out as it is."""
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def say_what_is_not_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A line in the log where the optimizer was made before `prepare`, and holds no learned scale."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    _, scales = split_parameters(model)
+    left = sum(id(p) not in held for p in scales)
+    if left:
+        warn_once(
+            f"bitwright: the optimizer holds {len(scales) - left} of {len(scales)} learned scales, the others stay as "
+            "they are; make it after prepare, or add them: optimizer.add_param_group({'params': "
+            "bitwright.split_parameters(model)[1], 'weight_decay': 0.0})"
+        )
 
 
 class Step:
@@ -75,6 +89,7 @@ class Step:
             )
         if accumulate < 1:
             raise BitwrightError(f"accumulate={accumulate} is not accepted; use 1 or more batches per step")
+        say_what_is_not_trained(model, optimizer)
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.methods = list(methods)
         self.amp_dtype, self.clip_norm, self.accumulate = amp_dtype, clip_norm, accumulate
