@@ -153,3 +153,22 @@ def test_heads_that_run_in_training_alone_are_named_with_the_rule_that_leaves_th
         bw.calibrate(bw.prepare(Helped(), bw.rules("w4a4")), [x])
     rules = [*bw.rules("w4a4"), bw.Rule(match=["aux.*", "spare"], weight=None, input=None)]
     bw.calibrate(bw.prepare(Helped(), rules), [x])
+
+
+def test_empty_batches_are_named():
+    model = bw.prepare(nn.Sequential(nn.Linear(3, 2)), bw.rules("w4a4"))
+    with pytest.raises(bw.BitwrightError, match=r"^calibrate: every batch is empty$"):
+        bw.calibrate(model, [torch.zeros(0, 3)])
+
+
+def test_an_input_of_zeros_is_mentioned(caplog):
+    """A dead relu has no scale to tell; the network trains, but its user should know."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.fill_(-1.0)
+    bw.calibrate(bw.prepare(model, bw.rules("w4a4")), [torch.randn(8, 3)])
+    assert [r.message.partition(" and ")[0] for r in caplog.records] == [
+        "bitwright: calibrate: 2.input_quantizer saw only zeros"
+    ]
+    assert model(torch.randn(2, 3)).isfinite().all()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import bitwright as bw
@@ -99,3 +100,43 @@ def test_the_weights_of_reproducible_layers_count():
     model[0].weight_quantizer.bypass = True
     assert bw.coverage(model, x).missed == ("0.weight_quantizer",)
     assert not {"forward", "integer_codes"} & set(vars(model[0].weight_quantizer))
+
+
+class Own(nn.Module):
+    """Multiplies parameters itself: its own, a layer's, a view; and one that its layer multiplies, in float by rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.plain = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.kernel, self.matrix = nn.Parameter(torch.randn(4, 4, 1, 1)), nn.Parameter(torch.randn(2, 4))
+        self.shift = nn.Parameter(torch.zeros(1, 4, 1, 1))
+
+    def forward(self, x):
+        x = self.plain(self.conv(x) + self.shift) + F.conv2d(x, self.conv.weight)
+        return F.conv2d(x, self.kernel).mean((2, 3)) @ self.matrix.t()
+
+
+def test_parameters_that_the_models_own_code_multiplies_are_listed():
+    model, x = Own(), torch.randn(2, 3, 5, 5)
+    rules = [*bw.rules("w4a4"), Rule(match="plain", weight=None, input=None)]
+    found = bw.coverage(bw.calibrate(bw.prepare(model, rules), [x]), x)
+    assert found.complete
+    assert found.float_layers == ("plain", "kernel", "matrix", "conv.weight")
+    assert found.notes["kernel"] == "conv2d multiplies this parameter in float: only what layers do is quantized"
+    assert found.notes["matrix"].startswith("matmul")
+    assert "plain" not in found.notes
+
+
+def test_a_norm_that_was_replaced_after_prepare_has_lost_its_output_quantizer():
+    """`convert_sync_batchnorm` keeps a module's children, and leaves its hooks."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    spec = bw.QuantizerSpec(bits=8)
+    bw.calibrate(bw.prepare(model, [*bw.rules("w4a4"), Rule(match="1", output=spec)]), x)
+    assert bw.coverage(model, x).complete
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    found = bw.coverage(converted, x)
+    assert found.missed == ("1.output_quantizer",)
+    assert "convert first, then prepare" in found.notes["1.output_quantizer"]
+    with pytest.raises(bw.BitwrightError, match=r"^calibrate: 1: its output quantizer is not called: .*convert first"):
+        bw.calibrate(converted, x)

@@ -177,3 +177,16 @@ def test_why_a_layer_stays_float() -> None:
     assert reasons["0"].endswith("its class is a Linear with a forward of its own")
     assert reasons["1"].endswith("weight is parametrized; torch.nn.utils.parametrize.remove_parametrizations")
     assert reasons["2"] == "layers of this class have no quantized form"
+
+
+def test_lazy_layers_are_asked_for_their_shapes():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    with pytest.raises(bw.BitwrightError, match=r"^0\.weight has no shape yet: call the model on an example first"):
+        bw.prepare(model, bw.rules("w4a4"))
+    model(torch.randn(1, 3, 8, 8))
+    assert list(bw.quant_layers(bw.prepare(model, bw.rules("w4a4")))) == ["0", "2"]
+
+
+def test_a_model_without_layers_says_so():
+    with pytest.raises(bw.BitwrightError, match="this Sequential has no layer that can be quantized"):
+        bw.prepare(nn.Sequential(nn.ReLU()), bw.rules("w4a4"))

@@ -48,6 +48,54 @@ def test_a_model_without_memory_takes_over_a_state():
 
 
 @pytest.mark.parametrize("grid", GRIDS)
+def test_one_made_without_memory_takes_over_a_state(grid):
+    """As under `with torch.device("meta")`: bits, signedness and bounds have no values until a state is loaded."""
+    x = torch.randn(2, 3, 20)
+    q = make_quantizer(grid, 3, x, role="input").eval()
+    with torch.device("meta"):
+        assigned, emptied = fresh(grid, bits=5).eval(), fresh(grid, bits=5).eval()
+    with pytest.raises(BitwrightError, match="is not calibrated"):
+        assigned(x)
+    assigned.load_state_dict(q.state_dict(), assign=True)
+    emptied.to_empty(device="cpu").load_state_dict(q.state_dict())
+    assert torch.equal(assigned(x), q(x))
+    assert torch.equal(emptied(x), q(x))
+
+
+def averaged(average, ours, decay):
+    """Three updates of a moving average of every buffer, by the formula of torchvision's and timm's training code."""
+    for _ in range(3):
+        for a, b in zip(average.buffers(), ours.buffers(), strict=True):
+            a.copy_(decay * a + (1 - decay) * b)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9995, 0.9998])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_an_average_of_buffers_keeps_the_bits(bits, decay):
+    x = torch.randn(2, 3, 20)
+    q = make_quantizer("lsq", bits, x, role="input")
+    average = copy.deepcopy(q)
+    averaged(average, q, decay)
+    average.eval()
+    assert {k: v.item() for k, v in average.state_dict().items()} == {k: v.item() for k, v in q.state_dict().items()}
+    assert (average.affine().lo, average.affine().hi) == (q.affine().lo, q.affine().hi)
+
+
+@pytest.mark.parametrize("grid", ["lsq", "seq", "dorefa"])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_a_copy_of_the_buffers_takes_over_the_bits(grid, bits):
+    """The code of the value 0 differs at 1 bit, and at 2 bits in `seq`; averages copy buffers, and no more."""
+    w = torch.randn(4, 3)
+    q = make_quantizer(grid, 4, w)
+    average = copy.deepcopy(q)
+    q.set_bits(bits)
+    for a, b in zip([*average.parameters(), *average.buffers()], [*q.parameters(), *q.buffers()], strict=True):
+        a.data.copy_(b)
+    assert torch.equal(average.eval()(w), q(w))
+    assert average.codes[2:] == q.codes[2:]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 def test_copies_pickles_and_casts_keep_the_function(grid):
     x = torch.randn(2, 3, 20)
     q = make_quantizer(grid, 3, x, role="input").eval()
@@ -58,7 +106,7 @@ def test_copies_pickles_and_casts_keep_the_function(grid):
     double = copy.deepcopy(q).double()
     torch.testing.assert_close(double(x.double()).float(), q(x), rtol=1e-5, atol=1e-6)
     assert double(x.double()).dtype == torch.float64
-    assert double.bits.dtype == torch.int64
+    assert double.bits.item() == 3
     half = copy.deepcopy(q).bfloat16()
     assert half(x.bfloat16()).dtype == torch.bfloat16
     assert half(x.bfloat16()).unique().numel() <= 8

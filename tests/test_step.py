@@ -10,6 +10,7 @@ from torch import nn
 import bitwright as bw
 from bitwright.costs import cost_table
 from bitwright.methods.kd import kd_loss
+from bitwright.prepare import warn_once
 
 
 def net():
@@ -250,3 +251,59 @@ def test_bwrf_reads_one_tensor():
     step = bw.Step(model, lambda out, y: out["logits"].sum(), torch.optim.SGD(model.parameters(), 0.1), [method])
     with pytest.raises(bw.BitwrightError, match=r"^bwrf: takes models of one tensor in and one tensor out"):
         step(batch, None)
+
+
+def test_an_optimizer_made_before_prepare_is_mentioned(caplog):
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(8, 4)
+    early = torch.optim.SGD(model.parameters(), 0.1)
+    bw.calibrate(bw.prepare(model, bw.rules("w4a4")), x)
+    warn_once.cache_clear()
+    bw.Step(model, F.cross_entropy, torch.optim.SGD(model.parameters(), 0.1))
+    assert not caplog.records
+    bw.Step(model, F.cross_entropy, early)
+    assert "the optimizer holds 0 of 3 learned scales" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"clip_norm": -1.0}, "step: clip_norm=-1.0"),  # torch would turn the gradient round
+        ({"clip_norm": 0.0}, "step: clip_norm=0.0"),
+        ({"accumulate": 2.5}, "accumulate=2.5"),  # would never step
+        ({"amp_dtype": "bf16"}, "step: amp_dtype='bf16'"),
+        ({"methods": ["kd"]}, r"step: methods=\['kd'\]"),
+        ({"methods": Recorder()}, "step: methods=.*use a list of bitwright.Method"),
+        ({"methods": [Recorder]}, "step: methods=.*use a list of bitwright.Method"),
+        ({"optimizer": F.mse_loss}, "step: optimizer: function"),
+        ({"optimizer": torch.optim.LBFGS([torch.zeros(1)])}, "step: LBFGS wants a closure"),
+    ],
+)
+def test_arguments_that_would_fail_later_or_train_wrongly(given, message):
+    model = net()
+    given = {"optimizer": torch.optim.SGD(model.parameters(), 0.1), **given}
+    with pytest.raises(bw.BitwrightError, match=f"^{message}"):
+        bw.Step(model, F.cross_entropy, **given)
+
+
+def test_a_loss_of_many_numbers_is_refused():
+    """Their sum would be trained on, at so many times the rate."""
+    model = net()
+    step = bw.Step(model, lambda out, y: F.cross_entropy(out, y, reduction="none"), torch.optim.SGD(model.parameters()))
+    with pytest.raises(bw.BitwrightError, match=r"loss_fn gave a tensor of shape \(5,\); one number is expected"):
+        step(*data(1)[0])
+
+
+def test_a_checkpoint_of_other_methods_is_refused():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recorded = bw.Step(model, F.cross_entropy, optimizer, [Recorder()])
+    distilled = bw.Step(model, F.cross_entropy, optimizer, [bw.KD(net())])
+    with pytest.raises(bw.BitwrightError, match="holds the state of recorder, the run has kd"):
+        distilled.load_state_dict(recorded.state_dict())
+
+
+def test_a_teacher_of_other_classes_is_refused():
+    model, teacher = net(), nn.Linear(4, 7).double()
+    step = bw.Step(model, F.cross_entropy, torch.optim.SGD(model.parameters(), 0.1), [bw.KD(teacher)])
+    with pytest.raises(bw.BitwrightError, match=r"kd: the teacher puts out \(5, 7\), the model \(5, 3\)"):
+        step(*data(1)[0])

@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import bitwright as bw
 from bitwright.errors import BitwrightError
-from bitwright.wrappers import unwrap
+from bitwright.wrappers import say_autocast, unwrap
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by torch.compile itself
 
@@ -86,3 +86,29 @@ def test_other_precisions_are_refused(dtype: torch.dtype, tmp_path: Path) -> Non
     with pytest.raises(BitwrightError, match=rf"^export: 0\.weight is {kind}; .*model\.float\(\)"):
         bw.export(model, tmp_path / "m.onnx", X.to(dtype))
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_an_average_of_buffers_too_deploys(tmp_path: Path) -> None:
+    """torchvision's training script averages buffers; batch norms make that worth while."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    bw.calibrate(bw.prepare(model, bw.rules("w3a3", ends=None)), [X])
+    average = AveragedModel(model, use_buffers=True)
+    for _ in range(3):
+        model(X)
+        average.update_parameters(model)
+    average.eval()
+    bw.snap_biases(average, X)
+    bw.export(average, tmp_path / "m.onnx", X)
+    assert bw.verify(average, tmp_path / "m.onnx", [X]).ok
+    assert {int(q.bits) for q in bw.quantizers(average).values()} == {3}
+
+
+def test_a_forward_under_accelerates_autocast_is_mentioned(caplog: pytest.LogCaptureFixture) -> None:
+    model = prepared()
+    assert unwrap(model) is model
+    assert not caplog.records
+    model._original_forward = model.forward  # pyright: ignore[reportArgumentType]
+    say_autocast.cache_clear()
+    assert unwrap(model) is model
+    assert "keep_fp32_wrapper=False" in caplog.text

@@ -1,5 +1,6 @@
 """Calibration: an explicit phase in which real data sets signedness and scales."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,9 +13,12 @@ from bitwright.batches import each_batch
 from bitwright.errors import BitwrightError
 from bitwright.grids import Shape, Stats
 from bitwright.grids.base import as_float
+from bitwright.layers import LOST, lost_hooks
 from bitwright.prepare import quant_layers, quantizers, set_bypass
 from bitwright.quantizer import Quantizer
 from bitwright.wrappers import unwrap
+
+logger = logging.getLogger("bitwright")
 
 # Values kept per scale and batch for searches: enough for a stable least squared error, small beside a batch.
 SAMPLE = 16384
@@ -128,7 +132,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> nn.
     readers = {n: q for n, q in found.items() if q.shape.role == "input"}
     collectors = {n: Collector(q.shape, seed + i) for i, (n, q) in enumerate(readers.items())}
     hooks = [q.register_forward_pre_hook(collectors[n].before_forward) for n, q in readers.items()]
-    count = 0
+    count = samples = 0
     set_bypass(found.values(), True)
     try:
         with evaluating(model), torch.no_grad():
@@ -137,18 +141,33 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, seed: int = 0) -> nn.
                 rows = max((len(t) for t in inputs.tensors if t.ndim), default=1)
                 with on_batch_statistics(fresh if rows > 1 else []):
                     inputs.run(model)
-                count += 1
+                count, samples = count + 1, samples + inputs.rows
     finally:
         set_bypass(found.values(), False)
         for hook in hooks:
             hook.remove()
     if count == 0:
         raise BitwrightError("calibrate: no batch was given")
+    if samples == 0:
+        raise BitwrightError("calibrate: every batch is empty")
+    lost = lost_hooks(model)
+    if lost:
+        raise BitwrightError(f"calibrate: {lost[0]}: {LOST}")
     unseen = [name for name in readers if not collectors[name].batches]
     if unseen:
         raise BitwrightError(never_called(unseen, readers))
+    silent = []
     for name, quantizer in readers.items():
-        initialize(quantizer, collectors[name].result(), name)
+        stats = collectors[name].result()
+        initialize(quantizer, stats, name)
+        if not bool(stats.minimum.any() or stats.maximum.any()):
+            silent.append(name)
+    if silent:
+        logger.warning(
+            "bitwright: calibrate: %s saw only zeros and got a scale for want of a better one; "
+            "give more images, or look for a dead layer in front",
+            silent[0] + (f" and {len(silent) - 1} more" if len(silent) > 1 else ""),
+        )
     for layer_name, layer in quant_layers(model).items():
         for slot in layer.weight_slots:
             quantizer = getattr(layer, slot)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bitwright.errors import BitwrightError
 from bitwright.grids import Shape
@@ -53,6 +54,9 @@ def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
     if isinstance(rules, str | Rule):
         raise BitwrightError(f"rules: a list of rules is expected, not {rules!r}; bitwright.rules('w4a4') makes one")
     given, model = model, unwrap(model)
+    empty = next((n for n, p in model.named_parameters() if is_lazy(p)), None)
+    if empty is not None:
+        raise BitwrightError(f"{empty} has no shape yet: call the model on an example first, then prepare it")
     if any(is_quantized(m) or has_output(m) for m in model.modules()):
         raise BitwrightError("the model is prepared already; prepare a fresh float model, or change bits by set_bits")
     wanted = resolve(model, list(rules))
@@ -220,7 +224,7 @@ def describe(model: nn.Module) -> list[QuantizerRow]:
                 type(layer).__name__.removeprefix("Quant"),
                 quantizer.spec.grid,
                 quantizer.spec.estimator,
-                int(quantizer.bits.item()),
+                round(quantizer.bits.item()),
                 bool(quantizer.signed.item()),
                 quantizer.shape.channels,
                 bool(quantizer.calibrated.item()),

@@ -13,7 +13,10 @@ class Quantizer(nn.Module):
     """Fake quantization of one tensor.
 
     Bit-width, signedness and whether it was calibrated are buffers, so a checkpoint is complete and compiled code
-    survives their change. `bits` is an int64 and `signed`, `calibrated` are bool tensors of shape (1,).
+    survives their change. `bits`, `signed` and `calibrated` are whole numbers in float tensors of shape (1,): averages
+    of buffers, which several libraries keep beside a model, cannot subtract bools, and cut integers off (an average of
+    3 and 3 as int64 is 2 with a decay of 0.9995). What somebody wrote into them takes effect at the next `train()` or
+    `eval()`.
 
     Args:
         spec: what is asked for.
@@ -29,6 +32,7 @@ class Quantizer(nn.Module):
     calibrated: Tensor
     code_lo: Tensor
     code_hi: Tensor
+    _seen: tuple[int, ...] = ()
 
     def __init__(self, spec: QuantizerSpec, shape: Shape):
         super().__init__()
@@ -39,18 +43,27 @@ class Quantizer(nn.Module):
         self.shape: Shape = self.grid.shape
         self.estimator = make_estimator(spec.estimator, spec.estimator_options)
         signed = shape.role == "weight" if spec.signed is None else spec.signed
-        self.register_buffer("bits", torch.tensor([spec.bits]))
-        self.register_buffer("signed", torch.tensor([signed]))
-        self.register_buffer("calibrated", torch.tensor([False]))
+        self.register_buffer("bits", torch.tensor([float(spec.bits)]))
+        self.register_buffer("signed", torch.tensor([float(signed)]))
+        self.register_buffer("calibrated", torch.zeros(1))
         # Derived from bits and signed, kept apart so that the forward pass need not compute them.
         self.register_buffer("code_lo", torch.zeros(1), persistent=False)
         self.register_buffer("code_hi", torch.zeros(1), persistent=False)
         self.refresh()
         self.set_learned(spec.learn is not False)
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """Bring everything derived from the buffers in line with them."""
+        if self.bits.is_meta:  # made in `torch.device("meta")`; loading comes here again
+            self._signed, self._ready, self._zero = bool(self.spec.signed), False, 0.0
+            return
+        for state in (self.bits, self.signed, self.calibrated):
+            value = state.item()
+            if value != round(value):  # an average's last bits
+                state.fill_(round(value))
         self._signed, self._ready = bool(self.signed.item()), bool(self.calibrated.item())
+        self._seen = self._versions()
         codes = self.grid.code_range(self._checked(int(self.bits.item())), self._signed)
         if self.code_lo.device != self.bits.device:  # loaded by `assign=True` into a model without memory
             device = self.bits.device
@@ -58,6 +71,16 @@ class Quantizer(nn.Module):
         self.code_lo.copy_(codes.lo)
         self.code_hi.copy_(codes.hi)
         self._zero = codes.zero
+
+    def _versions(self) -> tuple[int, ...]:
+        """Another tuple after somebody wrote to the state in place."""
+        return tuple(0 if t.is_inference() else t._version for t in (self.bits, self.signed, self.calibrated))
+
+    def train(self, mode: bool = True) -> "Quantizer":
+        """As of any module; also takes up what somebody else wrote to the state: an average, a copy of buffers."""
+        if self._seen != self._versions():
+            self.refresh()
+        return super().train(mode)
 
     def _checked(self, bits: int) -> int:
         """`bits` if it is a bit-width."""
@@ -139,7 +162,7 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         sign = "signed" if self._signed else "unsigned"
-        return f"bits={int(self.bits.item())}, {sign}, channels={self.shape.channels}"
+        return f"bits={round(self.bits.item())}, {sign}, channels={self.shape.channels}"
 
 
 class _Codes:

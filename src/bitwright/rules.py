@@ -169,4 +169,6 @@ def no_match(index: int, pattern: str, model: nn.Module, layers: list[str]) -> s
         return f"rules[{index}].match: {pattern!r} is a {type(module).__name__}; {hint}"
     close = difflib.get_close_matches(pattern, layers, n=3)
     hint = f"did you mean {', '.join(close)}?" if close else f"layers are {', '.join(layers[:6])} ..."
+    if not layers:
+        hint = f"this {type(model).__name__} has no layer that can be quantized"
     return f"rules[{index}].match: {pattern!r} names no layer of the model; {hint}"

@@ -1,5 +1,6 @@
 """`Step`: one training step with any methods."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_map
 from bitwright.errors import BitwrightError
 from bitwright.grids.base import as_float
 from bitwright.methods.base import Batch, Method
+from bitwright.prepare import split_parameters, warn_once
 
 
 @dataclass
@@ -22,9 +24,46 @@ class StepResult:
     outputs: Any
 
 
+def what(value: Any) -> str:
+    """A loss that is none, in words."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
 def detached(value: Any) -> Any:
     """A tensor without its graph; what else a model puts out as it is."""
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def check_arguments(optimizer: Any, methods: Any, amp_dtype: Any, clip_norm: float | None, accumulate: Any) -> None:
+    """Raise BitwrightError for what would fail far from here, or train wrongly without a word."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise BitwrightError(f"step: optimizer: {type(optimizer).__name__} is not accepted; use a torch optimizer")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise BitwrightError(
+            f"step: {type(optimizer).__name__} wants a closure that runs the model again; use it in a loop of your own"
+        )
+    if not isinstance(methods, list | tuple) or not all(isinstance(m, Method) for m in methods):
+        raise BitwrightError(f"step: methods={methods!r} is not accepted; use a list of bitwright.Method objects")
+    if amp_dtype is not None and not isinstance(amp_dtype, torch.dtype):
+        raise BitwrightError(f"step: amp_dtype={amp_dtype!r} is not accepted; use a torch dtype, torch.bfloat16 say")
+    if clip_norm is not None and not clip_norm > 0:
+        raise BitwrightError(f"step: clip_norm={clip_norm} is not accepted; use a number above 0, or None")
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise BitwrightError(f"accumulate={accumulate} is not accepted; use 1 or more batches per step")
+
+
+def say_what_is_not_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A line in the log where the optimizer was made before `prepare`, and holds no learned scale."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    _, scales = split_parameters(model)
+    left = sum(id(p) not in held for p in scales)
+    if left:
+        warn_once(
+            f"bitwright: the optimizer holds {len(scales) - left} of {len(scales)} learned scales, the others stay as "
+            "they are; make it after prepare, or add them: optimizer.add_param_group({'params': "
+            "bitwright.split_parameters(model)[1], 'weight_decay': 0.0})"
+        )
 
 
 class Step:
@@ -33,9 +72,10 @@ class Step:
     Args:
         model: prepared model (or any module) that maps x to outputs.
         loss_fn: `(outputs, y) -> scalar`, the task loss.
-        optimizer: any torch optimizer over the model's parameters.
+        optimizer: any torch optimizer over the model's parameters whose step needs no closure.
         methods: training methods; their hooks run in this order.
-        amp_dtype: autocast dtype of forward passes and losses, for example `torch.bfloat16`; None: off.
+        amp_dtype: autocast dtype of forward passes and losses, for example `torch.bfloat16`; None: off. Losses are not
+            scaled, so that small gradients vanish in `torch.float16`.
         clip_norm: largest gradient norm; None: no clipping.
         accumulate: batches per optimizer step, at least 1; losses are divided by it. Batches left over at the end
             of an epoch take their step in `end_epoch`, so nothing of an epoch is pending in a checkpoint.
@@ -46,7 +86,7 @@ class Step:
 
     Raises:
         BitwrightError: two methods own the backward pass, two set bit-widths, one computes the weights that another
-            moves, two losses share a name, or accumulate is below 1.
+            moves, two losses share a name, `loss_fn` gives more than one number, or an argument is not accepted.
     """
 
     def __init__(
@@ -60,6 +100,7 @@ class Step:
         clip_norm: float | None = None,
         accumulate: int = 1,
     ):
+        check_arguments(optimizer, methods, amp_dtype, clip_norm, accumulate)
         owners = [m for m in methods if type(m).backward is not Method.backward]
         if len(owners) > 1:
             names = " and ".join(m.name or type(m).__name__ for m in owners)
@@ -73,12 +114,12 @@ class Step:
                 f"methods: {makers[0]} computes the weights, so that there are none for {movers[0]} to move; "
                 "use one of them"
             )
-        if accumulate < 1:
-            raise BitwrightError(f"accumulate={accumulate} is not accepted; use 1 or more batches per step")
+        say_what_is_not_trained(model, optimizer)
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.methods = list(methods)
         self.amp_dtype, self.clip_norm, self.accumulate = amp_dtype, clip_norm, accumulate
         self._owner = owners[0] if owners else None
+        self._names = [m.name or type(m).__name__ for m in methods]
         self.steps, self._micro = 0, 0
         self.batch: Batch | None = None
         self.result: StepResult | None = None
@@ -93,6 +134,8 @@ class Step:
         with self.autocast(inputs.device):
             outputs = inputs.call(self.model)
             losses = {"task": self.loss_fn(outputs, batch.y)}
+            if not isinstance(losses["task"], Tensor) or losses["task"].numel() != 1:
+                raise BitwrightError(f"step: loss_fn gave {what(losses['task'])}; one number is expected, a mean say")
             for method in self.methods:
                 more = method.losses(batch, outputs)
                 taken = losses.keys() & more.keys()
@@ -150,6 +193,7 @@ class Step:
         return {
             "steps": self.steps,
             "micro": self._micro,
+            "names": self._names,
             "methods": [m.state_dict() for m in self.methods],
         }
 
@@ -158,6 +202,11 @@ class Step:
         if len(state["methods"]) != len(self.methods):
             raise BitwrightError(
                 f"checkpoint holds the state of {len(state['methods'])} methods, the run has {len(self.methods)}"
+            )
+        saved_names = state.get("names", self._names)
+        if saved_names != self._names:
+            raise BitwrightError(
+                f"checkpoint holds the state of {', '.join(saved_names)}, the run has {', '.join(self._names)}"
             )
         self.steps, self._micro = int(state["steps"]), int(state["micro"])
         for method, saved in zip(self.methods, state["methods"], strict=True):

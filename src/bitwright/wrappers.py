@@ -1,7 +1,12 @@
 """The user's module inside other people's wrappers."""
 
+import functools
+import logging
+
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+
+logger = logging.getLogger("bitwright")
 
 HOLDERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
@@ -14,4 +19,15 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         else:
+            if "_original_forward" in vars(model):
+                say_autocast()
             return model
+
+
+@functools.cache
+def say_autocast() -> None:
+    """A line in the log: accelerate replaces `forward` by one under autocast, whose numbers are no file's."""
+    logger.warning(
+        "bitwright: accelerate runs this model under autocast, and files compute in float32; before snap_biases, "
+        "export and verify call accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+    )

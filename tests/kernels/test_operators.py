@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bitwright as bw
 from bitwright import QuantizerSpec, kernels
 from bitwright.grids import Shape, code_range
 from bitwright.kernels import fused
@@ -54,3 +57,21 @@ def test_the_way_past_the_dispatcher_is_the_same_function():
     first = torch.autograd.grad(fused.quantize(*arguments), x, g.requires_grad_(), create_graph=True)[0]
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def test_transforms_of_torch_func_see_plain_torch():
+    """The gradient of each sample by vmap; their mean is that of the batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    bw.calibrate(bw.prepare(model, bw.rules("w4a4")), x)
+    values = {n: p.detach() for n, p in model.named_parameters()}
+
+    def loss(values, x, y):
+        return F.cross_entropy(torch.func.functional_call(model, values, (x[None],)), y[None])
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(values, x, y)
+    F.cross_entropy(model(x), y).backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(each[name].mean(0), p.grad, rtol=1e-4, atol=1e-6, msg=name)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitwright import Batch, quantizers
+from bitwright import GAQAT, SAQ, Batch, quantizers
 from bitwright.methods.two_pass import TwoPass, perturbations
 from methods.nets import data, float_net, make_step, quantized
 
@@ -41,3 +41,19 @@ def test_further_gradients_are_those_of_the_plain_loss(accumulate):
         torch.testing.assert_close(g, p.grad)
     assert rise > 0
     assert torch.equal(step.result.loss, own.result.loss)
+
+
+@pytest.mark.parametrize("method", [SAQ, GAQAT])
+def test_a_part_of_the_network_may_be_frozen_and_thawed_between_steps(method):
+    model = quantized(float_net(), bits=3)
+    step = make_step(model, [method(model, rho=0.2)])
+    backbone = [p for n, p in model.named_parameters() if not n.startswith("fc") and p.requires_grad]
+    for p in backbone:
+        p.requires_grad_(False)
+    before = [p.clone() for p in backbone]
+    step(*data())
+    assert all(torch.equal(p, q) for p, q in zip(backbone, before, strict=True))
+    for p in backbone:
+        p.requires_grad_(True)
+    step(*data())
+    assert not any(torch.equal(p, q) for p, q in zip(backbone, before, strict=True) if p.ndim == 4)

@@ -166,7 +166,7 @@ def layer_bits(module: nn.Module) -> tuple[int, int]:
 def slot_bits(module: nn.Module, slot: str) -> int:
     """Bits of the quantizer in `slot`, 32 without one."""
     quantizer = quantizer_in(module, slot) if isinstance(module, QuantLayer) else None
-    return FLOAT_BITS if quantizer is None else int(quantizer.bits.item())
+    return FLOAT_BITS if quantizer is None else round(quantizer.bits.item())
 
 
 def product_rows(name: str, module: nn.Module, products: list[int]) -> Iterator[CostRow]:

@@ -19,6 +19,7 @@ from bitwright.kernels.deferred import Deferred
 from bitwright.kernels.norm import WIDEST
 from bitwright.kernels.reference import EPS, KernelRule, Rounding, scale_gradient
 from bitwright.kernels.sources import Source, keep_sources, noted, remember
+from bitwright.kernels.steady import steady
 from bitwright.kernels.twice import runs_twice
 
 __all__ = [
@@ -112,7 +113,7 @@ def fake_quantize(
             return y
     with keep_sources(x):  # x may be quantized itself: the output of one quantizer, the input of another
         y = fused.quantize(*tensors, *numbers)
-    return remember(y, Source(noted(x) or x, *tensors[1:], *numbers))
+    return remember(y, Source(noted(x) or x, steady(scale), *tensors[2:], *numbers))
 
 
 def takes_traced(rule: KernelRule | None) -> bool:
@@ -137,6 +138,7 @@ def is_fused_kind(x: Tensor) -> bool:
         type(x) in (Tensor, torch.nn.Parameter, Deferred)
         and x.dtype in FUSED_DTYPES.get(x.device.type, ())
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
         and _reference_depth == 0
         and x.numel() > 0
     )

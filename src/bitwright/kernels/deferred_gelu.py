@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from bitwright.kernels import gelu as gelus
 from bitwright.kernels.deferred import Deferred, Pending
 from bitwright.kernels.sources import GeluSource, remember
+from bitwright.kernels.steady import steady
 
 
 class PendingGelu(Pending):
@@ -22,7 +23,8 @@ class PendingGelu(Pending):
     def quantize(self, t: Deferred, *quantizer: Any) -> Tensor | None:
         if not torch.is_grad_enabled():
             return gelus.forward(self.x, *quantizer)
-        return remember(Gelu.apply(self.x, *quantizer), GeluSource(self.x, quantizer))  # pyright: ignore
+        made = Gelu.apply(self.x, *quantizer)  # pyright: ignore
+        return remember(made, GeluSource(self.x, (steady(quantizer[0]), *quantizer[1:])))
 
 
 class Gelu(torch.autograd.Function):

@@ -14,16 +14,20 @@ from bitwright.kernels import norm as norms
 from bitwright.kernels.deferred import Deferred, Pending, differentiable, plain, watched
 from bitwright.kernels.norm import Norm
 from bitwright.kernels.sources import NormSource, Source, remember
+from bitwright.kernels.steady import steady
 
 
 class PendingNorm(Pending):
     """norm(x), plus `other`, relu.
 
-    x: float32 or bfloat16 on the CPU, dense (`bitwright.kernels.norm.measure`). other: of the same kind, or None.
+    x: float32 or bfloat16 on the CPU, dense (`bitwright.kernels.norm.measure`). learned: gain and bias as autograd
+    knows them. other: of the kind of x, or None.
     """
 
-    def __init__(self, x: Tensor, norm: Norm, other: Tensor | None = None, relu: bool = False):
-        self.norm, self.other, self.with_relu = norm, other, relu
+    def __init__(
+        self, x: Tensor, norm: Norm, learned: tuple[Tensor, Tensor], other: Tensor | None = None, relu: bool = False
+    ):
+        self.norm, self.learned, self.other, self.with_relu = norm, learned, other, relu
         super().__init__(x)
 
     def sources(self) -> list[Tensor]:
@@ -49,13 +53,13 @@ class PendingNorm(Pending):
             return self.join_quantizer(*quantizer)
         y = join(t, *quantizer)
         if self.value is None:
-            return remember(y, NormSource(self.x, self.norm, self.with_relu, quantizer))
-        return remember(y, Source(self.value, *quantizer))
+            return remember(y, NormSource(self.x, self.norm, self.with_relu, (steady(quantizer[0]), *quantizer[1:])))
+        return remember(y, Source(self.value, steady(quantizer[0]), *quantizer[1:]))
 
     def relu(self, t: Deferred) -> Tensor | None:
         if self.value is not None:
             return None
-        made = Deferred(PendingNorm(self.x, self.norm, self.other, True))
+        made = Deferred(PendingNorm(self.x, self.norm, self.learned, self.other, True))
         return join(made) if differentiable(t) else made
 
     def relu_(self, t: Deferred) -> Tensor | None:
@@ -71,7 +75,7 @@ class PendingNorm(Pending):
         )
 
     def add(self, t: Deferred, other: Tensor) -> Tensor | None:
-        return Deferred(PendingNorm(self.x, self.norm, other)) if self.addable() else None
+        return Deferred(PendingNorm(self.x, self.norm, self.learned, other)) if self.addable() else None
 
     def add_(self, t: Deferred, other: Tensor) -> Tensor | None:
         if not self.addable():
@@ -107,7 +111,7 @@ class Joined(torch.autograd.Function):
         y = None
         if rest:
             y = pending.join_quantizer(scale, zeros, *rest)
-        ctx.save_for_backward(x, weight, bias, *pending.norm[2:], pending.value, scale, zeros, *rest[:5])
+        ctx.save_for_backward(x, *pending.norm, pending.value, scale, zeros, *rest[:5])
         # A sum's values, if any, are not there yet; in all other cases the node must not outlive what it saves.
         ctx.sum = pending if other is not None and not rest else None
         ctx.relu, ctx.numbers = pending.with_relu, rest[5:]
@@ -137,7 +141,7 @@ def join(tensor: Deferred, *quantizer: Any) -> Any:
     assert isinstance(p, PendingNorm)
     tensor.detach_()  # the new node has the gradients of everything that its history had
     scale, zeros, *rest = quantizer or (None, None)
-    _, y = Joined.apply(tensor, p.x, p.norm.weight, p.norm.bias, p.other, scale, zeros, p, *rest)  # pyright: ignore
+    _, y = Joined.apply(tensor, p.x, *p.learned, p.other, scale, zeros, p, *rest)  # pyright: ignore
     return y if quantizer else tensor
 
 
@@ -145,5 +149,5 @@ def batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor] | None, eps: float, momentum: float
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` in training, deferred; arguments: see `bitwright.kernels.norm.measure`."""
-    made = Deferred(PendingNorm(x, norms.measure(x, weight, bias, running, eps, momentum)))
+    made = Deferred(PendingNorm(x, norms.measure(x, weight, bias, running, eps, momentum), (weight, bias)))
     return join(made) if torch.is_grad_enabled() else made

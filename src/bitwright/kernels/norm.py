@@ -10,6 +10,7 @@ from torch import Tensor
 from bitwright.kernels.build import library
 from bitwright.kernels.fused import make_call
 from bitwright.kernels.pool import empty_like
+from bitwright.kernels.steady import steady
 
 # Channels that the kernels have room for where channels lie innermost.
 WIDEST = 4096
@@ -78,7 +79,7 @@ def measure(
     Raises:
         MemoryError: there is no room for partial sums; so do `forward` and `backward`.
     """
-    norm = Norm(weight, bias, torch.empty_like(weight), torch.empty_like(weight))
+    norm = Norm(steady(weight), steady(bias), torch.empty_like(weight), torch.empty_like(weight))
     call("statistics", x, make_norm(x, norm, False, running, eps, momentum), x)
     if running:
         torch.autograd.graph.increment_version(running)

@@ -92,10 +92,11 @@ def keep_sources(*quantized: Tensor) -> AbstractContextManager[Any]:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or runs_twice():
         return nullcontext()
-    # Looked up by address within this context only, while `quantized` keeps the storages alive.
-    sources = {t.data_ptr(): (t.numel(), t.dtype, noted(t)) for t in quantized}
-    if all(source is None for _, _, source in sources.values()):
+    notes = [noted(t) for t in quantized]
+    if all(source is None for source in notes):
         return nullcontext()
+    # Looked up by address within this context only, while `quantized` keeps the storages alive.
+    sources = {t.data_ptr(): (t.numel(), t.dtype, source) for t, source in zip(quantized, notes, strict=True)}
 
     def pack(t: Tensor) -> Any:
         numel, dtype, source = sources.get(t.data_ptr(), (0, None, None))

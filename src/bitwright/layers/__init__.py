@@ -10,11 +10,13 @@ from bitwright.layers.base import QuantLayer
 from bitwright.layers.conv import QuantConv, QuantConv1d, QuantConv2d, QuantConv2dSame, QuantConv3d
 from bitwright.layers.linear import QuantEmbedding, QuantLinear, QuantProduct
 from bitwright.layers.output import (
+    LOST,
     OUTPUT,
     SharedInput,
     attach_output,
     detach_output,
     has_output,
+    lost_hooks,
     quantizer_in,
     takes_output,
 )
@@ -44,6 +46,7 @@ from bitwright.layers.waiting import QuantBatchNorm2d, QuantGELU, let_wait
 __all__ = [
     "COMPUTING",
     "CONVOLUTIONS",
+    "LOST",
     "OUTPUT",
     "Add",
     "QuantAdd",
@@ -72,6 +75,7 @@ __all__ = [
     "has_products",
     "is_quantized",
     "let_wait",
+    "lost_hooks",
     "multiplies",
     "quantizable",
     "quantizer_in",

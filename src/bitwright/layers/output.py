@@ -66,6 +66,18 @@ def detach_output(module: nn.Module) -> None:
     module._modules.pop(OUTPUT, None)
 
 
+LOST = (
+    "its output quantizer is not called: the module was replaced after prepare, as convert_sync_batchnorm does; "
+    "convert first, then prepare"
+)
+
+
+def lost_hooks(model: nn.Module) -> list[str]:
+    """Names of modules that have an output quantizer, but not the hook that calls it."""
+    found = [(n, m) for n, m in model.named_modules() if has_output(m)]
+    return [n for n, m in found if quantize_output not in m._forward_hooks.values()]
+
+
 def takes_output(module: nn.Module) -> bool:
     """Whether `module` may have an output quantizer; containers run whatever child they have."""
     return not isinstance(module, CONTAINERS)

@@ -49,7 +49,8 @@ class TwoPass:
     """The two passes over one batch, for methods that own the backward pass.
 
     Attributes:
-        slots: one per weight quantizer. affine: scales and shifts of the norms, which are perturbed along.
+        slots: one per weight quantizer. affine: scales and shifts of the norms, which are perturbed along
+            where they are trained.
     """
 
     def __init__(self, model: nn.Module, owner: str):
@@ -63,7 +64,7 @@ class TwoPass:
         if not self.slots:
             raise BitwrightError(f"{owner}: no weight of the model is quantized; give the rules a weight quantizer")
         norms = [m for m in model.modules() if isinstance(m, NORMS)]
-        self.affine = [p for norm in norms for p in norm.parameters() if p.requires_grad]
+        self.affine = [p for norm in norms for p in norm.parameters()]
         self.statistics = [b for norm in norms for b in norm.buffers()]
 
     def backward(self, step: Any, rho: float, also: Sequence[Tensor] = ()) -> tuple[list[Tensor], Tensor]:
@@ -75,10 +76,12 @@ class TwoPass:
         """
         with self._in_use():
             flat = step.forward_loss(step.batch)
-            targets = [*(slot.value for slot in self.slots), *self.affine]
+            # Parts of a network may be frozen, or thawed, between two steps.
+            targets = [*(slot.value for slot in self.slots), *(p for p in self.affine if p.requires_grad)]
             wanted = [*targets, *also]
-            found = torch.autograd.grad(flat, wanted, allow_unused=True)
-            gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
+            asked = [t for t in wanted if t.requires_grad]
+            found = dict(zip(map(id, asked), torch.autograd.grad(flat, asked, allow_unused=True), strict=True))
+            gradients = [torch.zeros_like(t) if (g := found.get(id(t))) is None else g for t in wanted]
             first = step.result
             with restored([*targets, *self.statistics]):
                 with torch.no_grad():

@@ -63,4 +63,10 @@ class KD(Method):
     def losses(self, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         with torch.no_grad(), casting(device_of(self.teacher), self.teacher_dtype):
             target = logits_of(forward_fast(self.teacher, batch.inputs), "kd: the teacher")
-        return {"kd": self.weight * kd_loss(logits_of(outputs, "kd"), target, self.temperature)}
+        logits = logits_of(outputs, "kd")
+        if logits.shape != target.shape:
+            raise BitwrightError(
+                f"kd: the teacher puts out {tuple(target.shape)}, the model {tuple(logits.shape)}; "
+                "use a teacher of the same classes"
+            )
+        return {"kd": self.weight * kd_loss(logits, target, self.temperature)}
