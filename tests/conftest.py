@@ -1,5 +1,6 @@
 """What all tests share: one thread, no network, a maker of calibrated quantizers."""
 
+import functools
 import logging
 import os
 
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from bitwright.quantizer import Quantizer
 from making import make_quantizer
@@ -29,3 +31,6 @@ def make() -> Callable[..., Quantizer]:
 
 # Compilers log every node there, and pytest would keep all of it for a failure's report.
 logging.getLogger("torch.__trace").disabled = True
+
+# torch reads the sources of all its ONNX operators anew in every export, which takes a third of a small network's.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # pyright: ignore

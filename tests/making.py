@@ -1,5 +1,6 @@
 """Things that several tests build."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from bitwright.calibrate import rows_per_scale
 from bitwright.grids import Shape, Stats
 from bitwright.quantizer import Quantizer
 from bitwright.spec import QuantizerSpec
+from bitwright.training.vision import import_timm
 
 
 def make_quantizer(
@@ -30,10 +32,18 @@ def make_quantizer(
     return made
 
 
-def shallow(model: nn.Module, stages: list[str]) -> nn.Module:
-    """`model` with at most two blocks in each of `stages`: one that changes the shape, one that keeps it."""
-    for name in stages:
-        stage = model.get_submodule(name)
-        for block in list(dict(stage.named_children()))[2:]:
-            delattr(stage, block)
-    return model
+def efficientnet_lite(classes: int) -> nn.Module:
+    """Three of the seven stages of timm's `tf_efficientnet_lite0`, which have every kind of block that it has."""
+    import_timm()
+    from timm.models.efficientnet import EfficientNet, decode_arch_def
+
+    stages = [["ds_r1_k3_s1_e1_c16"], ["ir_r2_k3_s2_e6_c24"], ["ir_r2_k5_s2_e6_c40"]]
+    return EfficientNet(
+        decode_arch_def(stages),
+        num_classes=classes,
+        num_features=160,
+        fix_stem=True,
+        pad_type="same",
+        act_layer=nn.ReLU6,
+        norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
+    )

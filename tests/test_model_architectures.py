@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import bitwright as bw
 from bitwright.deploy import export, snap_biases, verify
 from bitwright.training.vision import import_timm, import_torchvision
-from making import shallow
+from making import efficientnet_lite
 
 
 def vision(name, **options):
@@ -27,9 +27,30 @@ def swin_v2():
     return vision("SwinTransformer", **SWIN, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2)
 
 
+def mobilenet_v3():
+    """Both activations, with squeeze and excitation and without, kernels of 3 and 5, a block that adds its input."""
+    config = import_torchvision().models.mobilenetv3.InvertedResidualConfig
+    blocks = [(16, 3, 16, 16, True, "RE", 2), (16, 3, 72, 16, False, "RE", 1)]
+    blocks += [(16, 5, 96, 40, True, "HS", 2), (40, 5, 240, 40, True, "HS", 1)]
+    return vision("MobileNetV3", inverted_residual_setting=[config(*b, 1, 1.0) for b in blocks], last_channel=128)
+
+
+def efficientnet():
+    config = import_torchvision().models.efficientnet.MBConvConfig
+    stages = [config(1, 3, 1, 32, 16, 1), config(6, 3, 2, 16, 24, 2), config(6, 5, 2, 24, 40, 2)]
+    return vision("EfficientNet", inverted_residual_setting=stages, dropout=0.2)
+
+
+def regnet_y():
+    params = import_torchvision().models.regnet.BlockParams
+    return vision("RegNet", block_params=params([1, 2], [48, 104], [8, 8], [1.0, 1.0], [2, 2], se_ratio=0.25))
+
+
 def vgg():
-    """VGG-11 with 64 features in the place of twice 4096, which are 0.5 GB."""
-    model = vision("vgg11_bn", init_weights=False)
+    """Three of VGG's convolutions, and 64 features in the place of twice 4096, which are 0.5 GB."""
+    models = import_torchvision().models.vgg
+    features = models.make_layers([64, "M", 128, "M", 512, "M"], batch_norm=True)
+    model = models.VGG(features, init_weights=False)
     wide, relu, dropout = model.classifier[:3]
     model.classifier = torch.nn.Sequential(torch.nn.Linear(wide.in_features, 64), relu, dropout, torch.nn.Linear(64, 5))
     return model
@@ -42,17 +63,17 @@ def mixer():
     return MlpMixer(num_classes=5, img_size=64, patch_size=16, num_blocks=2, embed_dim=64)
 
 
-SWIN = {"patch_size": [4, 4], "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4]}
+SWIN = {"patch_size": [4, 4], "embed_dim": 24, "depths": [2, 1], "num_heads": [2, 4], "window_size": [4, 4]}
 VIT = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 3, "hidden_dim": 48, "mlp_dim": 96}
 
 # (image size, maker); deep models are cut where that leaves every kind of layer in place.
 MODELS = {
     "resnet18": (32, lambda: vision("resnet18")),
     "mobilenet_v2": (32, lambda: vision("mobilenet_v2", inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]])),
-    "mobilenet_v3_small": (32, lambda: vision("mobilenet_v3_small")),
+    "mobilenet_v3": (32, mobilenet_v3),
     "densenet": (32, lambda: vision("DenseNet", growth_rate=8, block_config=(2, 2), num_init_features=8)),
     "vit": (32, lambda: vision("VisionTransformer", **VIT)),
-    "timm deit": (32, lambda: timm("deit_tiny_patch16_224", img_size=32, depth=2)),
+    "timm deit": (32, lambda: timm("deit_tiny_patch16_224", img_size=32, depth=1)),
     "timm convnext": (32, lambda: timm("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))),
     "timm mixer": (64, mixer),
     "timm resnetv2, standardized weights": (32, lambda: timm("resnetv2_50", layers=(1, 1), channels=(16, 32))),
@@ -60,15 +81,15 @@ MODELS = {
 SLOW = {
     "swin": (40, lambda: vision("SwinTransformer", **SWIN)),
     "swin_v2": (32, swin_v2),
-    "timm swin": (56, lambda: timm("swin_tiny_patch4_window7_224", img_size=56, depths=(2, 2), num_heads=(3, 6))),
-    "vgg11_bn": (32, vgg),
-    "efficientnet_b0": (64, lambda: shallow(vision("efficientnet_b0"), [f"features.{i}" for i in range(1, 8)])),
-    "regnet_y_400mf": (64, lambda: shallow(vision("regnet_y_400mf"), [f"trunk_output.block{i}" for i in range(1, 5)])),
-    "shufflenet_v2_x0_5": (64, lambda: shallow(vision("shufflenet_v2_x0_5"), ["stage2", "stage3", "stage4"])),
-    "timm tf_efficientnet_lite0": (
-        32,
-        lambda: shallow(timm("tf_efficientnet_lite0"), [f"blocks.{i}" for i in range(7)]),
+    "timm swin": (56, lambda: timm("swin_tiny_patch4_window7_224", img_size=56, depths=(2, 1), num_heads=(3, 6))),
+    "vgg_bn": (32, vgg),
+    "efficientnet": (32, efficientnet),
+    "regnet_y": (32, regnet_y),
+    "shufflenet_v2": (
+        64,
+        lambda: vision("ShuffleNetV2", stages_repeats=[2, 1, 1], stages_out_channels=[24, 48, 96, 192, 256]),
     ),
+    "timm efficientnet_lite": (32, lambda: efficientnet_lite(classes=5)),
 }
 # Layers that compute without a quantized form, and are said to: class by model.
 FLOAT = {"timm swin": {"WindowAttention"}}

@@ -1,7 +1,9 @@
 """Small networks with everything that deployment must get right, and one that was really trained."""
 
 import tempfile
+from collections.abc import Sequence
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -56,14 +58,23 @@ def settle(model: nn.Module, *shape: int) -> nn.Module:
 
 def mixed_net(grid: str, bits: int) -> nn.Module:
     """A calibrated `MixedNet` with an all-zero filter, a zero gain and negative gains."""
+    return mixed_kinds([(grid, bits)])
+
+
+def mixed_kinds(kinds: Sequence[tuple[str, int]]) -> nn.Module:
+    """`mixed_net` whose layers take the (grid, bits) of `kinds` in turn; the sum takes the first."""
     model = MixedNet()
     settle(model, 16, 3, 8, 8)
     with torch.no_grad():
         model.depthwise.weight[3] = 0
         model.stem_norm.weight[2] = 0
         model.depthwise_norm.weight[1] = -0.7
-    spec = bw.QuantizerSpec.model_validate({"bits": bits, "grid": grid})
-    bw.prepare(model, [bw.Rule(match=("*",), weight=spec, input=spec, residual=spec)])
+    specs = [bw.QuantizerSpec.model_validate({"bits": bits, "grid": grid}) for grid, bits in kinds]
+    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    rules = [bw.Rule(match=("*",), weight=specs[0], input=specs[0], residual=specs[0])]
+    for name, spec in zip(layers, cycle(specs), strict=False):
+        rules.append(bw.Rule(match=(name,), weight=spec, input=spec))
+    bw.prepare(model, rules)
     return bw.calibrate(model, [torch.randn(64, 3, 8, 8)]).eval()
 
 

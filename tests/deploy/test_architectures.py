@@ -14,7 +14,7 @@ import bitwright as bw
 from bitwright.deploy import export, snap_biases, verify
 from bitwright.deploy.bench import FLOAT
 from bitwright.training.vision import import_timm, import_torchvision
-from making import shallow
+from making import efficientnet_lite
 
 
 def resnet18() -> nn.Module:
@@ -23,8 +23,7 @@ def resnet18() -> nn.Module:
 
 def mobilenet() -> nn.Module:
     """Depth-wise convolutions, ReLU6, TensorFlow's padding, norms with an activation inside."""
-    model = import_timm().create_model("tf_efficientnet_lite0", num_classes=10)
-    return shallow(model, [f"blocks.{i}" for i in range(7)])
+    return efficientnet_lite(classes=10)
 
 
 def torchvision_vit() -> nn.Module:

@@ -12,6 +12,7 @@ from bitwright.kernels.fused import LIBRARY, RULES, geometry
 
 # Elements per program: enough to fill the memory bus, few enough that a row of a weight is not mostly padding.
 LARGEST_BLOCK, SMALLEST_BLOCK = 4096, 64
+PARTS_A_PASS = 1024  # how many programs' parts of a channel's gradients are added at once, at most
 
 logger = logging.getLogger("bitwright")
 
@@ -80,7 +81,7 @@ def backward(g: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Ten
         triton_source.finish_kernel[(channels,)](
             *(parts, dscale, dzeros, scale, hi, programs, channels, blocks, count),
             **flags,
-            **options(min(max(1 << (programs // channels - 1).bit_length(), SMALLEST_BLOCK), 1024), 4),
+            **options(min(max(1 << (programs // channels - 1).bit_length(), SMALLEST_BLOCK), PARTS_A_PASS), 4),
         )
     return dx, dscale, dzeros
 
