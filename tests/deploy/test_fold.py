@@ -1,5 +1,7 @@
 """Folded blocks: the same network in every runtime, the same names afterwards, and a smaller file."""
 
+import itertools
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -173,5 +175,5 @@ def test_what_saves_nothing_stays():
 def test_runs_that_overlap_count_once():
     assert apart([0, 2, 4, 5, 9], 4) == [0, 4, 9]
     runs = Graph(graph_of(steps(12), ["logits"]).graph).best()
-    assert all(a.end <= b.start for a, b in zip(runs, runs[1:], strict=False))
+    assert all(a.end <= b.start for a, b in itertools.pairwise(runs))
     assert all(run.end - run.start <= LONGEST for run in runs)

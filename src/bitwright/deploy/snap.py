@@ -11,10 +11,11 @@ from bitwright.deploy.capture import Captured, captured, norm_readers
 from bitwright.deploy.freeze import Plan, check_ready, input_codes, layer_plans, weight_and_bias
 from bitwright.deploy.integer import InputCodes
 from bitwright.deploy.margins import exact_scales
+from bitwright.deploy.thresholds import Boundaries, has_lattice, only_step
 from bitwright.deploy.ties import part_ties
 from bitwright.grids.lsq import LSQ
 from bitwright.layers import QuantConv, QuantEmbedding, QuantProduct
-from bitwright.layers.fold import folded_bias, norm_affine
+from bitwright.layers.fold import Weight, folded_bias, norm_affine
 from bitwright.layers.significant import (
     MOST,
     MOST_TOGETHER,
@@ -131,6 +132,10 @@ class Surrounded:
         # A channel that is constant has a scale of its own (`on_bias_grid`), which the gain does not move.
         live = (weight.numbers.flatten(1) != 0).any(1) & (before != 0)
         unit = torch.where(live, weight.scale.double() / torch.where(live, before, 1.0), 1.0)
+        step = only_step(self.plan)
+        if step is not None and self.codes is not None and has_lattice(self.codes) and bool(live.any()):
+            self.share_scale(weight, step, live, unit)
+            return
         readers, input_scale = [], torch.ones(1, device=before.device)
         if bias_codes is not None and self.codes is not None:
             input_scale = self.codes.scale
@@ -138,6 +143,14 @@ class Surrounded:
             readers = [(float(c.scale), c.lo - int(c.zero), c.hi - int(c.zero)) for c in found]
         wanted = exact_scales(torch.where(live, before * unit, 1.0), significant_bits(self.bits), input_scale, readers)
         learned.copy_(torch.where(live, wanted / unit, before))
+
+    def share_scale(self, weight: Weight, step: float, live: Tensor, unit: Tensor) -> None:
+        """Give all `live` channels one scale, and biases under which no code changes; unit: a scale of a gain of 1."""
+        own, norm = getattr(self.layer, "bias", None), self.plan.norm
+        before = folded_bias(own, norm)
+        scales, biases = Boundaries(weight, before, self.codes, step).moved(live)  # pyright: ignore
+        norm.weight.copy_(torch.where(live, scales / unit, norm.weight.double()))  # pyright: ignore
+        move_bias(self.layer, norm, torch.where(live, biases - folded_bias(own, norm), 0.0))  # pyright: ignore
 
     def shorten_bias(self) -> int:
         """Put the bias on the accumulator's grid, 1; where it is added in floating point, on one of its own, 0."""
