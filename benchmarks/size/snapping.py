@@ -2,11 +2,11 @@
 
     python benchmarks/size/snapping.py --data-dir DIR --work WORK --out benchmarks/size/snapping.csv
 
-Three networks on CIFAR-10 at 16 × 16 pixels, every weight and input at 1 bit; ResNet-8 with 8 bits at both ends too. A
-short float training, then a short quantized one, per seed; trained networks are kept in WORK. `scale_bits`: significant
-bits of scales in front of 1-bit quantizers, "none" before snapping. `shared`: whether the channels of a layer that
-these alone read share one scale (`bitwright.deploy.thresholds`). `snap_biases` takes 5 bits and shares; the other rows
-are there to compare. `differ`: of 10,000 predictions, those that are others than before snapping.
+Three networks on CIFAR-10 at 16 × 16 pixels, every weight and input at 1 bit. A short float training, then a short
+quantized one, per seed; trained networks are kept in WORK. `scale_bits`: significant bits of scales in front of 1-bit
+quantizers, "none" before snapping. `shared`: whether the channels of a layer that these alone read share one scale
+(`bitwright.deploy.thresholds`). `snap_biases` takes 5 bits and shares; the other rows are there to compare. `differ`:
+of 10,000 predictions, those that are others than before snapping.
 """
 
 import argparse
@@ -25,14 +25,8 @@ from bitwright.layers import significant
 from bitwright.training.data.cifar import CIFAR10, cifar
 from bitwright.training.data.dataset import Dataset
 from bitwright.training.models.resnet import CifarResNet
-from bitwright.training.vision import import_timm, import_torchvision
-
-
-def mobilenet() -> nn.Module:
-    """A third of MobileNetV2's width, without the stride of its first convolution."""
-    model = import_torchvision().models.mobilenet_v2(num_classes=10, width_mult=0.35, dropout=0.0)
-    model.features[0][0].stride = (1, 1)
-    return model
+from bitwright.training.models.vgg import VGGSmall
+from bitwright.training.vision import import_timm
 
 
 def transformer() -> nn.Module:
@@ -41,12 +35,11 @@ def transformer() -> nn.Module:
     return import_timm().create_model("vit_tiny_patch16_224", **sizes)
 
 
-# How each is made, the widths of its ends, and its learning rate.
-NETS: dict[str, tuple[Callable[[], nn.Module], int | None, float]] = {
-    "ResNet-8": (lambda: CifarResNet(8, 10, 3), None, 2e-3),
-    "ResNet-8, ends at 8 bits": (lambda: CifarResNet(8, 10, 3), 8, 2e-3),
-    "MobileNetV2 x0.35": (mobilenet, None, 2e-3),
-    "ViT": (transformer, None, 1e-3),
+# How each is made, and its learning rate.
+NETS: dict[str, tuple[Callable[[], nn.Module], float]] = {
+    "ResNet-8": (lambda: CifarResNet(8, 10, 3), 2e-3),
+    "VGG-small": (lambda: VGGSmall(10, 3, 16, width=24), 2e-3),
+    "ViT": (transformer, 1e-3),
 }
 EPOCHS = (2, 2)
 BATCH = 100
@@ -81,14 +74,14 @@ def fit(model: nn.Module, data: Dataset, rate: float, epochs: Iterable[int], see
 
 def trained(net: str, seed: int, data: Dataset, work: Path) -> tuple[nn.Module, Tensor]:
     """(the quantized network, two images to capture it with), trained or found in `work`."""
-    make, ends, rate = NETS[net]
+    make, rate = NETS[net]
     torch.manual_seed(seed)
     model = make()
     x = next(iter(data.test_batches(batch_size=2, device="cpu")))[0]
     kept = work / f"{net}-{seed}.pt"
     if not kept.exists():
         fit(model, data, rate, range(EPOCHS[0]), seed)
-    bw.prepare(model, bw.rules("w1a1", ends=ends))
+    bw.prepare(model, bw.rules("w1a1", ends=None))
     if kept.exists():
         model.load_state_dict(torch.load(kept))
         return model.eval(), x

@@ -20,6 +20,8 @@ from bitwright.deploy.packing import OPSET
 
 # What functions are called, and what stands between the names of a call's nodes: no path of a module has two dots.
 BLOCK, BETWEEN = "Block", ".."
+# The last inputs of a function that takes joined constants apart, which its first three nodes do.
+JOINED = ["bytes", "numbers"]
 # Nodes of a run at most; a transformer's block has some fifty.
 LONGEST = 80
 # Bytes that a function has to save.
@@ -129,7 +131,7 @@ class Graph:
             rest = [name for name in inputs if not any(name in part for part in joined)]
             body[:0] = self.taken_apart(joined, inside)
             first = joined[0][0]
-            inputs, given = [*rest, first, f"{first}_"], [*(inside[n] for n in rest), "bytes", "numbers"]
+            inputs, given = [*rest, first, f"{first}_"], [*(inside[n] for n in rest), *JOINED]
         else:
             joined, given = (), [inside[name] for name in inputs]
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]

@@ -41,8 +41,11 @@ def snap_biases(model: nn.Module, example: Any) -> int:
     (`bitwright.deploy.ties`). Call it once, before the last evaluation.
 
     Args:
-        model: prepared and calibrated. Scales move by half a percent at 2 bits and less above; the bias of a BatchNorm
-            (its running mean where it has none) or of the layer itself by at most half a step.
+        model: prepared and calibrated. Scales move by half a percent at 2 bits and less above, three percent at 1 bit;
+            the bias of a BatchNorm (its running mean where it has none) or of the layer itself by at most half a step.
+            Where 1-bit quantizers alone read a convolution or linear layer with a BatchNorm, its channels come to share
+            one scale: gains and biases move as far as that takes, and no code changes (`bitwright.deploy.thresholds`).
+            Their gradients do, so train no further afterwards.
         example: one input batch, as `calibrate` takes them, used to capture the graph.
 
     Returns:
@@ -130,7 +133,7 @@ class Surrounded:
             return
         before = learned.detach().double()
         # A channel that is constant has a scale of its own (`on_bias_grid`), which the gain does not move.
-        live = (weight.numbers.flatten(1) != 0).any(1) & (before != 0)
+        live = (weight.numbers.flatten(1) != 0).any(1) & (before != 0) & (weight.scale != 0)
         unit = torch.where(live, weight.scale.double() / torch.where(live, before, 1.0), 1.0)
         step = only_step(self.plan)
         if step is not None and self.codes is not None and has_lattice(self.codes) and bool(live.any()):
