@@ -78,5 +78,14 @@ def test_biases_in_front_of_a_quantizer_are_at_most_a_64th_of_a_step_off(step, b
 
 
 def test_bits_of_scales_and_biases():
-    assert [significant_bits(b) for b in (1, 2, 4, 8)] == [7, 8, 10, 14]
+    assert [significant_bits(b) for b in (1, 2, 4, 8)] == [5, 8, 10, 14]
     assert [bias_bits(b) for b in (1, 2, 4, 8)] == [9, 10, 12, 16]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7])
+def test_scales_move_no_boundary_of_codes_by_more_than_a_64th(bits):
+    scale = torch.rand(2000, dtype=torch.float64) + 0.5
+    farthest = 2**bits - 1.5  # in codes, of an unsigned quantizer
+    moved = (rounded(scale, significant_bits(bits)) / scale - 1).abs() * farthest
+    assert moved.max() <= 1 / 64
+    assert moved.max() > 1 / 256, "and are no longer than that takes"

@@ -65,11 +65,12 @@ class Surroundings:
     """What follows a convolution or linear layer.
 
     norm: name of the BatchNorm that alone reads its output, or None. readers: names of the quantizers that read its
-    output as it is, or behind the norm and operators that runtimes see through (`PASSED`).
+    output as it is, or behind the norm and operators that runtimes see through (`PASSED`). alone: nothing else does.
     """
 
     norm: str | None
     readers: tuple[str, ...]
+    alone: bool
 
 
 class Mark(nn.Module):
@@ -152,7 +153,7 @@ def surroundings(graph: Captured) -> dict[str, Surroundings]:
         norm = norm_of(after, buffers) if after is not None and len(node.users) == 1 else None
         foldable = norm is not None and calls[norm] == 1 and is_plain_norm(modules[norm])
         end = after if foldable and after is not None else node
-        found[name] = Surroundings(norm if foldable else None, tuple(readers(end, modules)))
+        found[name] = Surroundings(norm if foldable else None, tuple(readers(end, modules)), alone(end, modules))
     return found
 
 
@@ -232,3 +233,12 @@ def readers(node: fx.Node, modules: dict[str, nn.Module]) -> Iterator[str]:
             yield owner_of(user)
         elif getattr(user.target, "overloadpacket", None) in PASSED:
             yield from readers(user, modules)
+
+
+def alone(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether `readers` are all that reads `node`; the operators before them keep the order of numbers."""
+    return bool(node.users) and all(
+        isinstance(modules.get(owner_of(user)), Mark)
+        or (getattr(user.target, "overloadpacket", None) in PASSED and alone(user, modules))
+        for user in node.users
+    )

@@ -129,6 +129,7 @@ def check_ready(model: nn.Module) -> None:
 @dataclass(frozen=True)
 class Plan:
     """How a layer is frozen. norm: what is folded into it. readers: quantizers with whole codes that read its output.
+    alone: nothing else reads it.
 
     Where there is one, a runtime makes one kernel of the product, the bias and the rounding, and adds the bias as
     int32.
@@ -136,6 +137,7 @@ class Plan:
 
     norm: nn.Module | None
     readers: tuple[InputCodes, ...] = ()
+    alone: bool = False
 
     @property
     def integer_bias(self) -> bool:
@@ -153,7 +155,8 @@ def layer_plans(model: nn.Module, graph: Captured) -> dict[str, Plan]:
 
     def plan(around: Surroundings) -> Plan:
         norm = None if around.norm is None else modules[around.norm]
-        return Plan(norm, tuple(c for name in around.readers if (c := codes(name)) is not None and c.whole))
+        found = tuple(c for name in around.readers if (c := codes(name)) is not None and c.whole)
+        return Plan(norm, found, around.alone and len(found) == len(around.readers))
 
     return {name: plan(around) for name, around in surroundings(graph).items()}
 

@@ -6,7 +6,7 @@ is called by k in base 62 and a letter: `1b.w` is its weight. Readers put the na
 
 import itertools
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Set
 
 import onnx
 
@@ -34,6 +34,16 @@ def base62(number: int) -> str:
     """A number in as few characters as possible."""
     head = base62(number // len(DIGITS) - 1) if number >= len(DIGITS) else ""
     return head + DIGITS[number % len(DIGITS)]
+
+
+def number(digits: str) -> int:
+    """The inverse of `base62`; -1 for what has other letters."""
+    value = 0
+    for digit in digits:
+        value = value * len(DIGITS) + DIGITS.find(digit) + 1
+        if digit not in DIGITS:
+            return -1
+    return value - 1
 
 
 def end_of(name: str) -> str:
@@ -70,22 +80,28 @@ def shorten(model: onnx.ModelProto) -> None:
             if name.endswith(".codes") and not node.name and owner_of(name, layers) is None:
                 node.name = name.removesuffix(end_of(name))
     owners = {name: base62(i) for i, name in enumerate(named(graph))}
-    kept = {value.name for value in (*graph.input, *graph.output)}
-    used = Counter(name for node in graph.node for name in (*node.input, *node.output) if name)
-    names, others = {}, []
-    for name in used.keys() - kept:
+    names = {}
+    for name in tensors_of(graph):
         owner = owner_of(name, owners) if end_of(name) else None
         if owner is not None:
             end = name[len(owner) :]
             names[name] = owners[owner] + ENDS.get(end, end)
-        elif end_of(name) == name:
-            kept.add(name)  # the network is one layer, which has no name
-        else:
-            others.append(name)
-    others.sort(key=lambda name: (-used[name], name))
-    free = (name for i in itertools.count() if (name := base62(i)) not in kept)
-    rename(graph, names | dict(zip(others, free, strict=False)))
+    # In a network of one layer, which has no name, there are names that are nothing but an end.
+    rename(graph, names | numbered(graph, {*names, *(name for name in tensors_of(graph) if end_of(name) == name)}))
     model.metadata_props.add(key=MARK[0], value=MARK[1])
+
+
+def tensors_of(graph: onnx.GraphProto) -> Counter[str]:
+    """How often each tensor is made or read by a node."""
+    return Counter(name for node in graph.node for name in (*node.input, *node.output) if name)
+
+
+def numbered(graph: onnx.GraphProto, kept: Set[str]) -> dict[str, str]:
+    """The shortest names for tensors that are not `kept`, inputs or outputs; the most frequent get the shortest."""
+    used, kept = tensors_of(graph), kept | {value.name for value in (*graph.input, *graph.output)}
+    others = sorted(used.keys() - kept, key=lambda name: (-used[name], name))
+    free = (name for i in itertools.count() if (name := base62(i)) not in kept)
+    return dict(zip(others, free, strict=False))
 
 
 def spelled_out(model: onnx.ModelProto) -> onnx.ModelProto:

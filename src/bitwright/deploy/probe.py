@@ -14,6 +14,7 @@ from torch import Tensor
 from bitwright.batches import Inputs
 from bitwright.deploy.capture import first_line
 from bitwright.deploy.exact_conv import shown
+from bitwright.deploy.fold import unfold
 from bitwright.deploy.integer import DOMAIN, IntEmbedding, IntLayer, IntLinear
 from bitwright.deploy.names import spelled_out
 from bitwright.deploy.split import SPLIT, unsplit
@@ -49,7 +50,7 @@ def read(path: Path) -> onnx.ModelProto:
     refuse_version(proto, path)
     if proto.producer_name != DOMAIN:
         raise BitwrightError(f"{path}: was not written by bitwright export (its producer is {proto.producer_name!r})")
-    return spelled_out(proto)
+    return spelled_out(unfold(proto))
 
 
 def open_session(source: str | bytes, path: Path, providers: Sequence[str]) -> onnxruntime.InferenceSession:

@@ -11,10 +11,11 @@ from bitwright.deploy.capture import Captured, captured, norm_readers
 from bitwright.deploy.freeze import Plan, check_ready, input_codes, layer_plans, weight_and_bias
 from bitwright.deploy.integer import InputCodes
 from bitwright.deploy.margins import exact_scales
+from bitwright.deploy.thresholds import Boundaries, has_lattice, only_step
 from bitwright.deploy.ties import part_ties
 from bitwright.grids.lsq import LSQ
 from bitwright.layers import QuantConv, QuantEmbedding, QuantProduct
-from bitwright.layers.fold import folded_bias, norm_affine
+from bitwright.layers.fold import Weight, folded_bias, norm_affine
 from bitwright.layers.significant import (
     MOST,
     MOST_TOGETHER,
@@ -40,8 +41,11 @@ def snap_biases(model: nn.Module, example: Any) -> int:
     (`bitwright.deploy.ties`). Call it once, before the last evaluation.
 
     Args:
-        model: prepared and calibrated. Scales move by half a percent at 2 bits and less above; the bias of a BatchNorm
-            (its running mean where it has none) or of the layer itself by at most half a step.
+        model: prepared and calibrated. Scales move by half a percent at 2 bits and less above, three percent at 1 bit;
+            the bias of a BatchNorm (its running mean where it has none) or of the layer itself by at most half a step.
+            Where 1-bit quantizers alone read a convolution or linear layer with a BatchNorm, its channels come to share
+            one scale: gains and biases move as far as that takes, and no code changes (`bitwright.deploy.thresholds`).
+            Their gradients do, so train no further afterwards.
         example: one input batch, as `calibrate` takes them, used to capture the graph.
 
     Returns:
@@ -129,8 +133,12 @@ class Surrounded:
             return
         before = learned.detach().double()
         # A channel that is constant has a scale of its own (`on_bias_grid`), which the gain does not move.
-        live = (weight.numbers.flatten(1) != 0).any(1) & (before != 0)
+        live = (weight.numbers.flatten(1) != 0).any(1) & (before != 0) & (weight.scale != 0)
         unit = torch.where(live, weight.scale.double() / torch.where(live, before, 1.0), 1.0)
+        step = only_step(self.plan)
+        if step is not None and self.codes is not None and has_lattice(self.codes) and bool(live.any()):
+            self.share_scale(weight, step, live, unit)
+            return
         readers, input_scale = [], torch.ones(1, device=before.device)
         if bias_codes is not None and self.codes is not None:
             input_scale = self.codes.scale
@@ -138,6 +146,14 @@ class Surrounded:
             readers = [(float(c.scale), c.lo - int(c.zero), c.hi - int(c.zero)) for c in found]
         wanted = exact_scales(torch.where(live, before * unit, 1.0), significant_bits(self.bits), input_scale, readers)
         learned.copy_(torch.where(live, wanted / unit, before))
+
+    def share_scale(self, weight: Weight, step: float, live: Tensor, unit: Tensor) -> None:
+        """Give all `live` channels one scale, and biases under which no code changes; unit: a scale of a gain of 1."""
+        own, norm = getattr(self.layer, "bias", None), self.plan.norm
+        before = folded_bias(own, norm)
+        scales, biases = Boundaries(weight, before, self.codes, step).moved(live)  # pyright: ignore
+        norm.weight.copy_(torch.where(live, scales / unit, norm.weight.double()))  # pyright: ignore
+        move_bias(self.layer, norm, torch.where(live, biases - folded_bias(own, norm), 0.0))  # pyright: ignore
 
     def shorten_bias(self) -> int:
         """Put the bias on the accumulator's grid, 1; where it is added in floating point, on one of its own, 0."""

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 EXTRA, MOST = 6, 14
+# In front of a quantizer of 1 bit: the one boundary between its codes lies half a code from 0 at most, and 5 bits move
+# it by no more than 1/64 of a step too.
+ONE_BIT = 5
 # The same for biases, which share one power of two in a layer, so that small ones have fewer.
 EXTRA_BIAS, MOST_TOGETHER = 8, 16
 # A product of two float32 numbers that should be a short number is at most this far from it, relatively.
@@ -19,7 +22,7 @@ ULPS = 2.0**-22
 
 def significant_bits(bits: int) -> int:
     """Significant bits of a scale in front of a quantizer of `bits` bits."""
-    return min(bits + EXTRA, MOST)
+    return min(bits + EXTRA, MOST) if bits > 1 else ONE_BIT
 
 
 def bias_bits(bits: int) -> int:

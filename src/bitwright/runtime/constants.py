@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from bitwright.deploy.capture import first_line
+from bitwright.deploy.fold import unfold
 from bitwright.deploy.names import spelled_out
 from bitwright.deploy.probe import refuse_version
 from bitwright.errors import BitwrightError
@@ -43,7 +44,7 @@ def checked(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except Exception as error:
         raise BitwrightError(f"{damaged}: {first_line(error)}") from error
-    return onnx.inliner.inline_local_functions(spelled_out(model))
+    return onnx.inliner.inline_local_functions(spelled_out(unfold(model)))
 
 
 class Graph:

@@ -16,6 +16,7 @@ from bitwright.batches import Inputs, exportable, outputs_of
 from bitwright.deploy.attention import IntProducts
 from bitwright.deploy.capture import first_line, quiet_export
 from bitwright.deploy.files import ExportReport, replacing
+from bitwright.deploy.fold import fold
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import InputCodes, IntLayer
 from bitwright.deploy.lower import LayerFile, lower
@@ -129,6 +130,7 @@ def export_onnx(model: nn.Module, path: Path, example: Inputs) -> ExportReport:
     proto, layers = lower(placeholder_graph(frozen, example), frozen, ReproducibleLowering)
     outline(proto)
     shorten(proto)
+    fold(proto)
     return report(path, write(proto, path, example), proto, layers, "onnx")
 
 
