@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from bitwright.layers.base import QuantLayer
 
@@ -34,4 +33,4 @@ def computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
     """Whether `module`, of a class that derives from `base`, computes as a `base` does, on parameters of its own."""
     kind = type(module)
     same = all(getattr(kind, name, None) is getattr(base, name, None) for name in COMPUTING)
-    return same and type(kind) is type and "weight" in module._parameters and not isinstance(module, LazyModuleMixin)
+    return same and type(kind) is type and "weight" in module._parameters

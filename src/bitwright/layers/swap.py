@@ -4,7 +4,6 @@ import functools
 import inspect
 
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from bitwright.errors import BitwrightError
@@ -136,8 +135,6 @@ def why_not(module: nn.Module) -> str:
         names = ", ".join(module.parametrizations)  # pyright: ignore[reportCallIssue, reportArgumentType]
         return f"it cannot be quantized: {names} is parametrized; torch.nn.utils.parametrize.remove_parametrizations"
     base = next((b for b in type(module).__mro__[1:] if b in SWAPS), None)
-    if isinstance(module, LazyModuleMixin):
-        return "it cannot be quantized: it has no weight yet; run the model once first"
     if base:
         if type(module).forward is base.forward:
             return f"it cannot be quantized: its class is a {base.__name__} that computes in a way of its own"
