@@ -11,6 +11,7 @@ import yaml
 from bitwright import cli
 from bitwright.costs import LatencyTable, read_latencies
 from bitwright.deploy.names import spelled_out
+from bitwright.runtime import timing
 from bitwright.training.models import build_model
 from bitwright.training.recipe_file import load_recipe
 
@@ -135,7 +136,7 @@ def test_cost_of_a_run_and_of_its_recipe_agree(bitwright, trained):
     assert "a run has its recipe already" in refused(bitwright("cost", trained, "bits=w2a2"))
 
 
-def test_latencies_are_measured_into_a_file_that_a_budget_can_name(bitwright, trained, tmp_path):
+def test_latencies_are_measured_into_a_file_that_a_budget_can_name(bitwright, trained, tmp_path, monkeypatch):
     file = tmp_path / "table.csv"
     code, out, _ = bitwright("cost", trained / "recipe.yaml", "--latencies", file, "--json")
     assert code == 0
@@ -144,8 +145,11 @@ def test_latencies_are_measured_into_a_file_that_a_budget_can_name(bitwright, tr
     assert set(table.layers) <= set(layers)
     assert all(set(each) == {(8, 8), (4, 4)} for each in table.layers.values())
     assert json.loads(out)["latency"] > 0
+    # Measured once: the second time it is the same table.
+    monkeypatch.setattr(timing, "measure_latencies", lambda model, example: table)
     code, text, _ = bitwright("cost", trained, "--latencies", tmp_path / "again.csv")
     assert code == 0
+    assert read_latencies(tmp_path / "again.csv") == table
     assert " ms outside of layers)" in text.replace(" of it", "")
     assert "the network is float" in refused(
         bitwright("cost", trained / "recipe.yaml", "bits=float", "partner=null", "--latencies", file)

@@ -38,9 +38,9 @@ def build(names, compiled=None, double=False, **options):
 @pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_resumed_run_ends_bit_identical(names, amp):
     whole, step = build(names, amp_dtype=amp)
-    run(step, 0, 9)
+    run(step, 0, 6)
     assert torch.isfinite(step.result.loss)
-    rest = resumed(lambda: build(names, amp_dtype=amp), 4, 9)
+    rest = resumed(lambda: build(names, amp_dtype=amp), 3, 6)
     assert same_state(whole, rest)
     if "adaqat" in names:
         assert {int(q.bits) for q in quantizers(whole).values()} != {8}

@@ -1,7 +1,6 @@
 """The ImageNet recipe by its name, on a small folder in the same format and torchvision's own file of weights."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import onnx
 import pytest
 import torch
 
+from bitwright import cli
 from bitwright.training.vision import import_torchvision
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -27,7 +27,7 @@ def write_images(root: Path, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.slow
-def test_the_resnet18_recipe_trains_from_published_weights_and_exports(tmp_path, monkeypatch):
+def test_the_resnet18_recipe_trains_from_published_weights_and_exports(tmp_path, monkeypatch, capsys):
     models = import_torchvision().models
     write_images(tmp_path / "imagenet", np.random.default_rng(0))
     # Where a download would lie: torch's hub takes a file that is there as it is.
@@ -38,11 +38,15 @@ def test_the_resnet18_recipe_trains_from_published_weights_and_exports(tmp_path,
     torch.save(weights, published)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
+    monkeypatch.chdir(tmp_path)
+
     def bitwright(*arguments: str) -> str:
-        line = [sys.executable, "-m", "bitwright", *arguments]
-        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        monkeypatch.setattr(sys, "argv", ["bitwright", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert not left.value.code, err
+        return out
 
     changes = ["schedule.epochs=1", "schedule.batch_size=4", "threads=1", "amp=none", "optimizer.lr=1e-30"]
     out = bitwright("train", "imagenet-resnet18-w4a4", *changes, "--data-dir", "imagenet", "--out", "run")
