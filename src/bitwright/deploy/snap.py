@@ -44,8 +44,8 @@ def snap_biases(model: nn.Module, example: Any) -> int:
         model: prepared and calibrated. Scales move by half a percent at 2 bits and less above, three percent at 1 bit;
             the bias of a BatchNorm (its running mean where it has none) or of the layer itself by at most half a step.
             Where 1-bit quantizers alone read a convolution or linear layer with a BatchNorm, its channels come to share
-            one scale: gains and biases move as far as that takes, and no code changes (`bitwright.deploy.thresholds`).
-            Their gradients do, so train no further afterwards.
+            one scale: gains and biases move as far as that takes, and codes stay (`bitwright.deploy.thresholds`).
+            Gradients do not, so train no further afterwards.
         example: one input batch, as `calibrate` takes them, used to capture the graph.
 
     Returns:
