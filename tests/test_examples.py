@@ -1,5 +1,6 @@
 """The examples run, and are as short as they say."""
 
+import copy
 import importlib.util
 import math
 import re
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import bitwright as bw
+from bitwright.training.models.resnet import CifarResNet
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -65,3 +67,19 @@ def test_the_readmes_five_lines_run(tmp_path, monkeypatch):
     exec(block, {"model": model.eval(), "loader_of_some_images": images, "example": images[0]})
     assert (tmp_path / "model.onnx").is_file()
     assert bw.verify(model, "model.onnx", images).ok
+
+
+def test_the_loop_pages_program_runs(tmp_path, monkeypatch):
+    page = (EXAMPLES.parent / "docs" / "loop.md").read_text()
+    block = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = CifarResNet(8, 4, width=4)
+    data = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4) for _ in range(4)]
+    names = {"model": copy.deepcopy(net), "float_model": net, "example": data[0][0], "batches": data}
+    exec(block, names)
+    again, average = names["again"].eval(), names["average"]
+    assert torch.equal(again(data[0][0]), average(data[0][0]))
+    grouped = [len(group["params"]) for group in names["optimizer"].param_groups]
+    assert sum(grouped) == sum(p.requires_grad for p in names["model"].parameters())
+    assert grouped[2] == len(bw.split_parameters(names["model"])[1]) > 0

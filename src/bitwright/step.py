@@ -60,9 +60,9 @@ def say_what_is_not_trained(model: nn.Module, optimizer: torch.optim.Optimizer) 
     left = sum(id(p) not in held for p in scales)
     if left:
         warn_once(
-            f"bitwright: the optimizer holds {len(scales) - left} of {len(scales)} learned scales, the others stay as "
-            "they are; make it after prepare, or add them: optimizer.add_param_group({'params': "
-            "bitwright.split_parameters(model)[1], 'weight_decay': 0.0})"
+            f"bitwright: the optimizer holds {len(scales) - left} of {len(scales)} learned scales; the others stay as "
+            "they are, if no other optimizer has them; make it after prepare, or add them: "
+            "optimizer.add_param_group({'params': bitwright.split_parameters(model)[1], 'weight_decay': 0.0})"
         )
 
 
