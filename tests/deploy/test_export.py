@@ -3,6 +3,7 @@
 import copy
 import resource
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -238,3 +239,23 @@ def test_weights_of_float_kernels_are_constants_at_load(bits, tmp_path):
     floats = [n for n in convolutions if not n.op_type.startswith("QLinear")]
     assert 0 < len(floats) < len(convolutions)
     assert all(n.input[1] in constants for n in floats)
+
+
+class Twice(nn.Module):
+    """Its own code multiplies the weight of its layer as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + nn.functional.linear(x, self.layer.weight)
+
+
+def test_a_weight_that_other_code_multiplies_too_is_one_line(tmp_path: Path) -> None:
+    x = torch.randn(4, 8)
+    model = bw.calibrate(bw.prepare(Twice(), bw.rules("w4a4")), [x]).eval()
+    with pytest.raises(BitwrightError, match=r"Twice: its frozen form does not run \(.*bitwright.coverage"):
+        bw.export(model, tmp_path / "net.onnx", x)
+    assert not (tmp_path / "net.onnx").exists()
+    assert "layer.weight" in bw.coverage(model, x).notes

@@ -390,3 +390,31 @@ def test_a_model_may_ask_a_weight_where_it_lives(tmp_path):
     assert_same(model, freeze(model, x), x)
     bw.export(model, tmp_path / "m.onnx", x)
     assert bw.verify(model, tmp_path / "m.onnx", [x]).ok
+
+
+def a_net() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+
+
+def test_a_norm_that_was_replaced_after_prepare_is_named() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model = a_net()
+    spec = bw.QuantizerSpec(bits=8)
+    bw.calibrate(bw.prepare(model, [*bw.rules("w4a4"), bw.Rule(match="1", output=spec)]), [x])
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for deploy in (freeze, snap_biases):
+        with pytest.raises(BitwrightError, match=r"^1: its output quantizer is not called: .* convert first"):
+            deploy(model, x)
+
+
+def test_models_that_are_held_in_shards_or_cast_are_refused() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model = bw.calibrate(bw.prepare(a_net(), bw.rules("w4a4")), [x])
+    model._original_forward = model.forward  # pyright: ignore[reportArgumentType]
+    with pytest.raises(BitwrightError, match=r"accelerate runs this model under autocast.*keep_fp32_wrapper=False"):
+        freeze(model, x)
+    del model._original_forward
+    kind = type("FSDPModule", (), {})
+    model[3].__class__ = type("FSDPQuantConv2d", (kind, type(model[3])), {})
+    with pytest.raises(BitwrightError, match="shards of FSDP; gather its state dict"):
+        freeze(model, x)

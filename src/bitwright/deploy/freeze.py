@@ -25,6 +25,7 @@ from bitwright.deploy.integer import (
 from bitwright.deploy.phases import IntConvTranspose, PhaseConv
 from bitwright.errors import BitwrightError
 from bitwright.layers import (
+    LOST,
     OUTPUT,
     QuantAdd,
     QuantConv,
@@ -39,6 +40,7 @@ from bitwright.layers import (
     QuantProduct,
     SharedInput,
     attach_output,
+    lost_hooks,
     quantizer_in,
 )
 from bitwright.layers.attention import PRODUCT_SLOTS, QuantAttentionBase
@@ -51,7 +53,7 @@ from bitwright.layers.fold import (
     with_bias,
 )
 from bitwright.prepare import quant_layers, quantizers
-from bitwright.wrappers import unwrap
+from bitwright.wrappers import refuse_wrapped, unwrap
 
 
 def freeze(model: nn.Module, example: Any) -> nn.Module:
@@ -112,6 +114,10 @@ def check_ready(model: nn.Module) -> None:
     found = quantizers(model)
     if not found:
         raise BitwrightError("the model has no quantizers; call bitwright.prepare first")
+    refuse_wrapped(model)
+    lost = lost_hooks(model)
+    if lost:
+        raise BitwrightError(f"{lost[0]}: {LOST}")
     for name, quantizer in found.items():
         if not bool(quantizer.calibrated.item()):
             raise BitwrightError(f"{name} is not calibrated; call bitwright.calibrate(model, batches) first")

@@ -32,6 +32,18 @@ from bitwright.layers.reproducible import Reproducible
 OUTPUT_NUMBER = "bitwright_output_"  # what outputs are called while a graph is exported
 
 
+@torch.no_grad()
+def output_of(frozen: nn.Module, example: Inputs) -> Any:
+    """What the frozen form puts out; BitwrightError if it does not run."""
+    try:
+        return example.run(frozen)
+    except RuntimeError as error:
+        raise BitwrightError(
+            f"{type(frozen).__name__}: its frozen form does not run ({first_line(error)}); a layer's weight that other "
+            "code multiplies too cannot be deployed, bitwright.coverage(model, example).notes names it"
+        ) from error
+
+
 def placeholder_graph(frozen: nn.Module, example: Inputs) -> onnx.ModelProto:
     """The frozen form as torch exports it, one node of our own domain per layer and per lone quantizer.
 
@@ -39,8 +51,7 @@ def placeholder_graph(frozen: nn.Module, example: Inputs) -> onnx.ModelProto:
     """
     parts = [m for m in frozen.modules() if isinstance(m, InputCodes | IntLayer | IntProducts)]
     functions = [m for m in frozen.modules() if isinstance(m, Reproducible)]
-    with torch.no_grad():
-        names = list(outputs_of(example.run(frozen), "export"))
+    names = list(outputs_of(output_of(frozen, example), "export"))
     # A batch of one would be taken for a constant by torch.export.
     rows = example.by_row(lambda t: torch.cat([t, t])) if example.rows == 1 else example
     for part in parts:
