@@ -24,7 +24,7 @@ def test_every_name_trains_and_leaves_its_losses(tmp_path):
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ("[{kd: {foo: 1}}]", r"methods\.0\.kd: unknown option 'foo'; accepted: temperature, weight"),
+        ("[{kd: {foo: 1}}]", r"methods\.0\.kd: unknown option 'foo'; accepted: teacher_dtype, temperature, weight"),
         ("[kd, {kd: {weight: 2}}]", r"methods\.1: 'kd' is there already; use each method once"),
         ("[{kd: {temperature: abc}}]", r"methods\.0\.kd: temperature='abc' is not accepted; use a valid number"),
         ("[{kd: {weight: true}}]", r"methods\.0\.kd: weight=True is not accepted; use a valid number"),

@@ -6,16 +6,14 @@ import torch
 
 from bitwright.errors import BitwrightError
 
-BFLOAT16 = ("bfloat16", torch.bfloat16)
 
-
-def guide_dtype(value: object, where: str) -> torch.dtype | None:
-    """The autocast dtype of a guide's passes: bfloat16, by its name or itself; None as the step runs.
+def guide_dtype(value: str | None, where: str) -> torch.dtype | None:
+    """The autocast dtype of a guide's passes: "bfloat16", or None as the step runs.
 
     Raises:
         BitwrightError: any other; `where` names the option.
     """
-    if value is None or value in BFLOAT16:
+    if value is None or value == "bfloat16":
         return None if value is None else torch.bfloat16
     raise BitwrightError(f"{where}={value!r} is not accepted; use bfloat16, or null for the precision of the step")
 

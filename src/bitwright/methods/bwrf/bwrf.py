@@ -75,7 +75,7 @@ class BWRF(Method):
         sample: True runs one branch a step, k drawn with p_k proportional to w_k, weighted w_k / p_k.
         joint: "prefix" only: True gives z_F and all branches in one forward pass of the partner. Fewer kernel
             launches, but the teacher's rows then take part in the backward pass; default False.
-        partner_dtype: torch.bfloat16: the partner's passes, with all branches, run under autocast to it, whatever the
+        partner_dtype: "bfloat16": the partner's passes, with all branches, run under autocast to it, whatever the
             model runs in: less time where processors have bfloat16 products. Losses stay float32. None (default): as
             the step runs.
         loss_fn: the task loss of the branches. Default cross entropy.
@@ -108,7 +108,7 @@ class BWRF(Method):
         total_steps: int | None = None,
         sample: bool = False,
         joint: bool = False,
-        partner_dtype: torch.dtype | str | None = None,
+        partner_dtype: str | None = None,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         seed: int = 0,
     ):

@@ -36,7 +36,7 @@ class KD(Method):
             parameters stop requiring gradients.
         weight: factor of the loss. Default 1.
         temperature: default 4, usual for CIFAR; ImageNet recipes use 1.
-        teacher_dtype: torch.bfloat16: the teacher runs under autocast to it, whatever the model runs in. None
+        teacher_dtype: "bfloat16": the teacher runs under autocast to it, whatever the model runs in. None
             (default): as the step runs.
 
     Raises:
@@ -50,7 +50,7 @@ class KD(Method):
         teacher: nn.Module,
         weight: float = 1.0,
         temperature: float = 4.0,
-        teacher_dtype: torch.dtype | str | None = None,
+        teacher_dtype: str | None = None,
     ):
         if not (weight >= 0 and temperature > 0):
             raise BitwrightError(
