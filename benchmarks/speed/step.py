@@ -11,7 +11,7 @@ pass, counted by saved-tensor hooks (parameters left out), as a ratio to the eag
 is the mean of its 8 steps between two updates, probes included. Freed memory is kept, as `bitwright train` does
 (`memory.py` measures that).
 
-`-compiled`: Inductor; `-lean`: Inductor with `--activation-memory` (0.7).
+`-compiled`: Inductor; `-lean`: Inductor with `--activation-memory` (0.3).
 `float-waiting`: the float step with norms that wait for relu and sums, as `bitwright train` trains float partners.
 `-graphs`: Inductor with CUDA graphs (`mode="reduce-overhead"`), where kernels are shorter than their launches.
 `-bf16-guide`: the partner or teacher alone computes in bfloat16 (`partner_dtype`, `teacher_dtype`).
@@ -67,7 +67,7 @@ def make_step(
 
 
 def builders(
-    model: nn.Module, bits: str, x: torch.Tensor, topology: Topology = "fpres", lean: float = 0.7, **options
+    model: nn.Module, bits: str, x: torch.Tensor, topology: Topology = "fpres", lean: float = 0.3, **options
 ) -> dict[str, Callable[[], bw.Step]]:
     """What makes each case's step, by name; `lean` of the lean ones, `options` of `Step`."""
 
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--topology", choices=["fpres", "res8", "shared"], default="fpres")
-    parser.add_argument("--activation-memory", type=float, default=0.7, help="of the -lean cases")
+    parser.add_argument("--activation-memory", type=float, default=0.3, help="of the -lean cases")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=1, help="steps a time; 20 and more on a GPU")
     parser.add_argument("--out", type=Path)
