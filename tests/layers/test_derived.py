@@ -96,3 +96,10 @@ def test_others_stay_float():
     model = bw.prepare(nn.ModuleList([nn.Linear(4, 4), Hidden()]), bw.rules("w4a4"))
     assert why_not(model[1]) == "it cannot be quantized: its class is a Linear that computes in a way of its own"
     assert type(model[1]) is Hidden
+
+
+def test_a_parametrized_bias_stays_as_it_is():
+    layer = nn.utils.parametrize.register_parametrization(nn.Linear(4, 4), "bias", nn.Tanh())
+    model = bw.prepare(nn.ModuleList([nn.Linear(4, 4), layer]), bw.rules("w4a4"))
+    assert not isinstance(model[1], QuantLinear)
+    assert "bias is parametrized" in why_not(model[1])

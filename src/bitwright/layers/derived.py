@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from bitwright.layers.base import QuantLayer
 
@@ -33,4 +34,4 @@ def computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
     """Whether `module`, of a class that derives from `base`, computes as a `base` does, on parameters of its own."""
     kind = type(module)
     same = all(getattr(kind, name, None) is getattr(base, name, None) for name in COMPUTING)
-    return same and type(kind) is type and "weight" in module._parameters
+    return same and type(kind) is type and "weight" in module._parameters and not is_parametrized(module)
