@@ -3,20 +3,20 @@
     python benchmarks/speed/video.py --out benchmarks/speed/video.csv
 
 torchvision's video networks at W8A8, default topology, weights as initialized, one clip of 8 frames of 64 x 64. Files
-alternate in one process; CPU time of the second of two runs in a row.
+alternate in one process; CPU time.
 """
 
 import argparse
 import copy
 import statistics
 import tempfile
-import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import onnxruntime
 import torch
-from measure import machine, ratio, write
+from measure import alternate, machine, ratio, write
 
 import bitwright as bw
 from bitwright.deploy.bench import float_onnx, session
@@ -41,14 +41,8 @@ def measure(name: str, rounds: int, folder: Path) -> dict:
     assert graph is not None
     kinds = Counter(node.op_type for node in graph.graph.node)
     sessions = {"integer": made, "float": session(paths["float"], 1, None)[0]}
-    times: dict[str, list[float]] = {kind: [] for kind in sessions}
-    for _ in range(rounds):
-        for kind, each in sessions.items():
-            feed = {each.get_inputs()[0].name: clips[:1].numpy()}
-            each.run(None, feed)
-            start = time.process_time()
-            each.run(None, feed)
-            times[kind].append(time.process_time() - start)
+    feed = {"input": clips[:1].numpy()}
+    times = alternate({kind: partial(each.run, None, feed) for kind, each in sessions.items()}, rounds)
     return {
         "network": name,
         **ratio(times["integer"], times["float"]),
