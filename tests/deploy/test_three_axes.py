@@ -4,10 +4,15 @@ import collections
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 import bitwright as bw
+from bitwright.deploy import freeze
 from bitwright.deploy.bench import session
+from bitwright.deploy.targets.executorch_form import refuse_layer
+from bitwright.deploy.targets.packed_loader import NEWER
+from bitwright.deploy.verify import beaten
 
 
 class Classifier(nn.Module):
@@ -83,3 +88,27 @@ def test_all_convolutions_run_on_integer_kernels(tmp_path):
     kinds = collections.Counter(node.op_type for node in graph.node)
     assert kinds["QLinearConv"] == 3
     assert not {"Conv", "FusedConv", "MatMul", "Gemm"} & kinds.keys()
+
+
+def test_packed_files_say_that_earlier_loaders_cannot_read_them(tmp_path):
+    model = prepared(Classifier, "res8", VOLUMES)
+    bw.snap_biases(model, VOLUMES)
+    bw.export(model, tmp_path / "file", VOLUMES, target="packed")
+    with safe_open(str(tmp_path / "file"), framework="pt") as file:
+        assert file.metadata()["version"] == NEWER
+
+
+def test_executorch_refuses_them():
+    frozen = freeze(prepared(Classifier, "res8", VOLUMES), VOLUMES)
+    with pytest.raises(bw.BitwrightError, match=r"features\.0: target executorch keeps no .* over three axes"):
+        refuse_layer(frozen.features[0])
+
+
+def test_one_voxel_of_a_volume_may_differ_where_codes_do():
+    """A volume has a prediction a voxel, one of which may differ where codes do."""
+    outputs = torch.zeros(1, 3, 2, 3, 4)
+    outputs[:, 0] = 1.0
+    wrong = outputs.argmax(1)
+    wrong[0, 0, 0, 0] = 2
+    assert beaten(outputs, wrong, 1, torch.tensor([False])).tolist() == [False]
+    assert beaten(outputs, wrong, 1, torch.tensor([True])).tolist() == [True]

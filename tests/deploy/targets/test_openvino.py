@@ -142,3 +142,11 @@ def test_the_process_takes_signals_after_the_networks_are_gone(tmp_path):
     line = [sys.executable, "-c", AFTER_A_SIGNAL, str(tmp_path / "net.onnx")]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
+def test_what_it_refuses_is_said_with_its_reason(tmp_path):
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    x = torch.randn(2, 2, 8, 8)
+    bw.calibrate(bw.prepare(model, bw.rules("w4a4")), [x])
+    with pytest.raises(BitwrightError, match=r"openvino cannot open it: Unsupported padding mode"):
+        bw.export(model, tmp_path / "net.onnx", x, target="openvino")

@@ -34,8 +34,8 @@ from bitwright.layers.fold import Weight
 from bitwright.layers.output import has_output
 
 OLDEST = (2025, 0)
-# Lines of its messages that say where it was.
-PLACES = ("Exception from", "Check '", "FrontEnd API failed", "While validating")
+# Beginnings of its messages' lines that say where it was, or only that it was.
+PLACES = ("Exception from", "Check '", "FrontEnd API failed", "While validating", "Model wasn't fully converted", "-- ")
 
 
 def runtime() -> ModuleType:
@@ -129,9 +129,10 @@ def the_core() -> Any:
 
 
 def reason_of(error: Exception) -> str:
-    """Why OpenVINO refused: the first line that does not only say where it was."""
+    """Why OpenVINO refused: what is unsupported, from which the rest follows; else the first line with a reason."""
     lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if line and not line.startswith(PLACES)), first_line(error))
+    reasons = [line for line in lines if line and not line.startswith(PLACES)] or [first_line(error)]
+    return next((line for line in reasons if line.startswith("Unsupported")), reasons[0])
 
 
 def compiled(source: bytes, path: Path) -> Any:

@@ -84,15 +84,16 @@ def contents(model: nn.Module, frozen: nn.Module) -> tuple[dict[str, Any], dict[
     refuse_attention(frozen)
     network: dict[str, Any] = {"layers": {}, "sums": {}, "outputs": {}, "norms": []}
     tensors: dict[str, Tensor] = {}
-    files, ours, words, transposed = [], set(), [], False
+    files, ours, words, newer = [], set(), [], False
     for name, module in frozen.named_modules():
         if isinstance(module, IntLayer | IntAdd | InputCodes):
             ours |= {id(t) for t in module.buffers()}
         if isinstance(module, IntConvTranspose):
-            transposed, layer = True, module.convolution.stored()
+            newer, layer = True, module.convolution.stored()
         else:
             layer = module if isinstance(module, IntLayer) and not isinstance(module, PhaseConv) else None
         if layer is not None:
+            newer |= isinstance(layer, IntConv) and len(layer.kernel_size) == 3
             network["layers"][name], own, rows = packed_layer(layer)
             words += rows
             tensors |= {f"{name}.{part}" if name else part: tensor for part, tensor in own.items()}
@@ -105,8 +106,8 @@ def contents(model: nn.Module, frozen: nn.Module) -> tuple[dict[str, Any], dict[
             network["outputs"][name] = fields_of(codes)
     kept = dict(frozen.named_modules())
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    if transposed:
-        network["version"] = packed_loader.TRANSPOSED
+    if newer:
+        network["version"] = packed_loader.NEWER
     network["norms"] = [
         n for n, m in model.named_modules() if isinstance(m, norms) and not isinstance(kept.get(n), norms)
     ]

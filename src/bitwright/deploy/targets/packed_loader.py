@@ -31,7 +31,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 FORMAT, VERSION = "bitwright-packed", "2"
-TRANSPOSED = "3"  # of files with transposed convolutions, or over three axes, which earlier loaders do not know
+NEWER = "3"  # of files with transposed convolutions, or over three axes, which earlier loaders do not know
 WORD = 32
 TRANSPOSES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # By the number of axes.
@@ -229,9 +229,9 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path}: is damaged or no safetensors file: {reason}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: is no packed checkpoint of bitwright")
-    if metadata.get("version") not in (VERSION, TRANSPOSED):
+    if metadata.get("version") not in (VERSION, NEWER):
         found = metadata.get("version")
-        raise ValueError(f"{path}: is of version {found}; this loader reads {VERSION} and {TRANSPOSED}")
+        raise ValueError(f"{path}: is of version {found}; this loader reads {VERSION} and {NEWER}")
     return network, tensors
 
 
