@@ -13,6 +13,7 @@ is the mean of its 8 steps between two updates, probes included. Freed memory is
 
 `-compiled`: Inductor; `-lean`: Inductor with `--activation-memory` (0.3).
 `float-waiting`: the float step with norms that wait for relu and sums, as `bitwright train` trains float partners.
+`-float-products`: layers multiply float values, not integers (`bitwright.kernels.integer`).
 `-graphs`: Inductor with CUDA graphs (`mode="reduce-overhead"`), where kernels are shorter than their launches.
 `-bf16-guide`: the partner or teacher alone computes in bfloat16 (`partner_dtype`, `teacher_dtype`).
 `--bf16`: every case under bfloat16 autocast, for processors that have it (others emulate it, slowly).
@@ -37,6 +38,7 @@ from torch import nn
 import bitwright as bw
 from bitwright import kernels
 from bitwright.costs import cost_table
+from bitwright.kernels.integer import float_products
 from bitwright.layers import let_wait
 from bitwright.topology import Topology
 from bitwright.training.memory import keep_freed_memory
@@ -110,6 +112,7 @@ def builders(
         "float-waiting": waiting,
         "lsq": lsq,
         "lsq-reference": lsq,
+        "lsq-float-products": lsq,
         "float-compiled": partial(plain, {}),
         "lsq-compiled": partial(lsq, {}),
         "float-graphs": partial(plain, GRAPHS),
@@ -132,7 +135,8 @@ def builders(
 
 def context(name: str) -> contextlib.AbstractContextManager[None]:
     """What a case's steps run in."""
-    return kernels.reference_only() if name == "lsq-reference" else contextlib.nullcontext()
+    contexts = {"lsq-reference": kernels.reference_only, "lsq-float-products": float_products}
+    return contexts.get(name, contextlib.nullcontext)()
 
 
 def same_mode(name: str, names: list[str]) -> str:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from bitwright.kernels import deferred, fused, reference, traced
+from bitwright.kernels import codes, deferred, fused, reference, traced
 from bitwright.kernels.deferred import Deferred
 from bitwright.kernels.norm import WIDEST
 from bitwright.kernels.reference import EPS, KernelRule, Rounding, scale_gradient
@@ -107,12 +107,17 @@ def fake_quantize(
         numbers = (constant, axis, count, rule.name, rule.replaced_only)
         return torch.ops.bitwright.traced_fake_quantize.default(*tensors, *numbers)
     numbers = (constant, axis, count, fused.RULES[rule.name], rule.replaced_only)
+    fits = (zeros is None or zeros.numel() == 1) and (axis == 0 or scale.numel() == 1)
+    fits = fits and not torch._C._len_torch_dispatch_stack()
+    form = codes.form_of(lo, hi, constant if zeros is None else zeros, rule.rate) if fits else None
+    asked = () if form is None else (form,)
     if isinstance(x, Deferred):
-        y = deferred.quantize(x, *tensors[1:], *numbers)
+        y = deferred.quantize(x, *tensors[1:], *numbers, *asked)
         if y is not None:
             return y
+        asked = ()
     with keep_sources(x):  # x may be quantized itself: the output of one quantizer, the input of another
-        y = fused.quantize(*tensors, *numbers)
+        y = fused.quantize(*tensors, *numbers, *asked)
     return remember(y, Source(noted(x) or x, steady(scale), *tensors[2:], *numbers))
 
 

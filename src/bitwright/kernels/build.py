@@ -14,7 +14,8 @@ from pathlib import Path
 from bitwright.cache import cache_folder
 
 # Each includes the next.
-SOURCES = [Path(__file__).with_name(name) for name in ("gelu.c", "norm.c", "statistics.c", "fused.c", "floats.c")]
+NAMES = ("products.c", "gelu.c", "norm.c", "statistics.c", "fused.c", "floats.c")
+SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 # Errno and trapping semantics keep rintf and selects out of vector code; neither changes a value.
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 

@@ -2,8 +2,8 @@
 
 In training some layers give a `Deferred`, a tensor without memory that knows what it would hold. A quantizer reads
 what that is computed from; anything else that touches it, in Python or in C++, gets its values, computed then and
-kept. What waits, and how a quantizer reads it, is a `Pending`: batch norms (`deferred_norm`) and GELU
-(`deferred_gelu`).
+kept. What waits, and how a quantizer reads it, is a `Pending`: batch norms (`deferred_norm`), GELU
+(`deferred_gelu`) and, for layers that multiply integers, quantized tensors (`codes`).
 """
 
 from collections.abc import Callable
@@ -23,9 +23,12 @@ aten = torch.ops.aten
 class Pending:
     """What a deferred tensor holds; `value` once somebody has read it. Abstract.
 
-    x: what the values are shaped, laid out and typed as, and computed from. tracked: whether gradients reach what they
-    are computed from. Made without, a tensor may still get a history later: as the output of somebody's Function.
+    x: what the values are shaped, laid out and, unless there is a `dtype`, typed as, and computed from. tracked:
+    whether gradients reach what they are computed from. Made without, a tensor may still get a history later: as the
+    output of somebody's Function.
     """
+
+    dtype: torch.dtype | None = None
 
     def __init__(self, x: Tensor):
         self.x = x
@@ -86,7 +89,8 @@ class Deferred(Tensor):
     @staticmethod
     def __new__(cls, pending: Pending) -> "Deferred":
         x = pending.x
-        made = Tensor._make_wrapper_subclass(cls, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device)
+        dtype = pending.dtype or x.dtype
+        made = Tensor._make_wrapper_subclass(cls, x.shape, strides=x.stride(), dtype=dtype, device=x.device)
         made.pending = pending
         return made
 

@@ -9,8 +9,8 @@ from torch.autograd.function import once_differentiable
 
 from bitwright.kernels import gelu as gelus
 from bitwright.kernels.deferred import Deferred, Pending
+from bitwright.kernels.fused import lasting
 from bitwright.kernels.sources import GeluSource, remember
-from bitwright.kernels.steady import steady
 
 
 class PendingGelu(Pending):
@@ -24,7 +24,7 @@ class PendingGelu(Pending):
         if not torch.is_grad_enabled():
             return gelus.forward(self.x, *quantizer)
         made = Gelu.apply(self.x, *quantizer)  # pyright: ignore
-        return remember(made, GeluSource(self.x, (steady(quantizer[0]), *quantizer[1:])))
+        return remember(made, GeluSource(self.x, lasting(quantizer)))
 
 
 class Gelu(torch.autograd.Function):
@@ -49,7 +49,8 @@ class Gelu(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         if not ctx.numbers:
             return torch.ops.aten.gelu_backward.default(g, x)
-        return (*gelus.backward(g, x, *tensors, *ctx.numbers), *[None] * 10)
+        grads = gelus.backward(g, x, *tensors, *ctx.numbers)
+        return (*grads, *[None] * (len(ctx.needs_input_grad) - len(grads)))
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from bitwright.kernels import norm as norms
 from bitwright.kernels.deferred import Deferred, Pending, differentiable, plain, watched
+from bitwright.kernels.fused import lasting
 from bitwright.kernels.norm import Norm
 from bitwright.kernels.sources import NormSource, Source, remember
-from bitwright.kernels.steady import steady
 
 
 class PendingNorm(Pending):
@@ -53,8 +53,8 @@ class PendingNorm(Pending):
             return self.join_quantizer(*quantizer)
         y = join(t, *quantizer)
         if self.value is None:
-            return remember(y, NormSource(self.x, self.norm, self.with_relu, (steady(quantizer[0]), *quantizer[1:])))
-        return remember(y, Source(self.value, steady(quantizer[0]), *quantizer[1:]))
+            return remember(y, NormSource(self.x, self.norm, self.with_relu, lasting(quantizer)))
+        return remember(y, Source(self.value, *lasting(quantizer)))
 
     def relu(self, t: Deferred) -> Tensor | None:
         if self.value is not None:

@@ -9,12 +9,15 @@
 
 #define BLOCK 16384 /* elements per job and partial sum */
 
-/* One call. `rows` rows of `columns` elements lie one after another; row r uses scale[r % channels]. */
+/* One call. `rows` rows of `columns` elements lie one after another; row r uses scale[r % channels].
+   times: 0, or forward passes write integers, (code - zero) * times + offset, and a NaN to *poison if they meet one: as
+   bytes, or as bfloat16 if `wide`. */
 typedef struct {
     const float *scale, *zeros, *lo, *hi, *strength, *rate; /* zeros, strength, rate, seed: or NULL */
     const int64_t *seed;
-    double zero;
-    int64_t rows, channels, columns, count, rule, replaced_only, threads;
+    float *poison;
+    double zero, times, offset;
+    int64_t rows, channels, columns, count, rule, replaced_only, wide, threads;
 } Call;
 
 /* How the gradient of a code becomes that of the value; see `KernelRule`. */
@@ -108,7 +111,27 @@ INLINE float clip(float v, const Row *p) {
             store_##T(y + i, (k - p.zero) * p.s);                                                                    \
         }                                                                                                            \
     }                                                                                                                \
-    void forward_##T(const Call *q, const T *x, T *y) {                                                              \
+    INLINE void integers_block_##T(const T *restrict x, void *restrict y, int64_t n, const Row p, const Call *q,     \
+                                   int wide) {                                                                       \
+        const float times = (float)q->times, offset = (float)q->offset;                                              \
+        int bad = 0;                                                                                                 \
+        _Pragma("omp simd reduction(| : bad)") for (int64_t i = 0; i < n; i++) {                                     \
+            const float k = rintf(clip(load_##T(x + i) / p.s + p.zero, &p)), number = (k - p.zero) * times + offset; \
+            bad |= k != k;                                                                                           \
+            if (wide) cut_bf16((bf16 *)y + i, number);                                                               \
+            else ((uint8_t *)y)[i] = (uint8_t)(int32_t)number;                                                       \
+        }                                                                                                            \
+        if (bad) *q->poison = NAN;                                                                                   \
+    }                                                                                                                \
+    /* The `n` elements at `at` of what the call makes. */                                                           \
+    INLINE void forward_piece_##T(const Call *q, const T *x, void *y, int64_t at, int64_t n, const Row p,            \
+                                  int masked) {                                                                      \
+        if (q->times != 0.0 && q->wide) integers_block_##T(x, (bf16 *)y + at, n, p, q, 1);                           \
+        else if (q->times != 0.0) integers_block_##T(x, (uint8_t *)y + at, n, p, q, 0);                              \
+        else if (masked) forward_block_##T(x, (T *)y + at, (uint32_t)at, n, p, 1);                                   \
+        else forward_block_##T(x, (T *)y + at, (uint32_t)at, n, p, 0);                                               \
+    }                                                                                                                \
+    void forward_##T(const Call *q, const T *x, void *y) {                                                           \
         const int64_t blocks = (q->columns + BLOCK - 1) / BLOCK;                                                     \
         const int masked = q->rate && *q->rate < 1.0f;                                                               \
         _Pragma("omp parallel for num_threads(q->threads) schedule(static) if (q->threads > 1)")                     \
@@ -116,8 +139,7 @@ INLINE float clip(float v, const Row *p) {
             const int64_t r = job / blocks, from = (job % blocks) * BLOCK, at = r * q->columns + from;               \
             const int64_t n = q->columns - from < BLOCK ? q->columns - from : BLOCK;                                 \
             const Row p = make_row(q, r, 0.0);                                                                       \
-            if (masked) forward_block_##T(x + at, y + at, (uint32_t)at, n, p, 1);                                    \
-            else forward_block_##T(x + at, y + at, (uint32_t)at, n, p, 0);                                           \
+            forward_piece_##T(q, x + at, y, at, n, p, masked);                                                       \
         }                                                                                                            \
     }
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bitwright.kernels.build import library
+from bitwright.kernels.codes import Form, waiting
 from bitwright.kernels.pool import empty_like
+from bitwright.kernels.steady import steady
 
+ZEROS, ZERO, COUNT, FORM = 1, 7, 9, 12  # where these lie behind the first of `make_call`'s arguments
 RULES = {"clipped_ste": 0, "ste": 1, "ewgs": 2, "scalar": 3, "constant": 4, "dsq": 5}
 
 
@@ -18,9 +22,12 @@ class Call(ctypes.Structure):
     """`Call` of fused.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("scale", "zeros", "lo", "hi", "strength", "rate", "seed")),
-        ("zero", ctypes.c_double),
-        *((n, ctypes.c_int64) for n in ("rows", "channels", "columns", "count", "rule", "replaced_only", "threads")),
+        *((name, ctypes.c_void_p) for name in ("scale", "zeros", "lo", "hi", "strength", "rate", "seed", "poison")),
+        *((name, ctypes.c_double) for name in ("zero", "times", "offset")),
+        *(
+            (n, ctypes.c_int64)
+            for n in ("rows", "channels", "columns", "count", "rule", "replaced_only", "wide", "threads")
+        ),
     )
 
 
@@ -62,18 +69,37 @@ def make_call(
     count: int,
     rule: int,
     replaced_only: bool,
+    form: Form | None = None,
 ) -> Call:
     """The C structure for an operator's arguments; it points into them and does not keep them.
+
+    form: what forward passes write instead of values (`bitwright.kernels.codes`).
 
     x: float32 or bfloat16, not empty, dense, with `axis` and the axes before it outermost in memory. scale and
     zeros: both (1,) or both (x.shape[axis],), contiguous. All but x and seed (int64) are float32.
     Further: `reference.fake_quantize` and `KernelRule`.
     """
     rows, channels, columns = geometry(x, scale, axis)
-    optional = (address(strength), address(rate), address(seed))
+    times, offset, poison, wide = (0.0, 0.0, None, False) if form is None else form.call()
+    optional = (address(strength), address(rate), address(seed), address(poison))
     pointers = (scale.data_ptr(), address(zeros), lo.data_ptr(), hi.data_ptr(), *optional)
-    sizes = (rows, channels, columns, count, rule, replaced_only)
-    return Call(*pointers, zero, *sizes, torch.get_num_threads())
+    sizes = (rows, channels, columns, count, rule, replaced_only, wide)
+    return Call(*pointers, zero, times, offset, *sizes, torch.get_num_threads())
+
+
+def lasting(quantizer: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of `make_call` behind its first, without a form, as a backward pass may find them."""
+    return steady(quantizer[0]), *quantizer[1:FORM]
+
+
+def space(x: Tensor, quantizer: tuple[Any, ...]) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Memory for `x` quantized, and what gives the quantized tensor once it is written.
+
+    quantizer: the arguments of `make_call` behind its first.
+    """
+    form = quantizer[FORM] if len(quantizer) > FORM else None
+    y = empty_like(x, None if form is None else form.dtype)
+    return y, lambda: waiting(y, form, quantizer[0], quantizer[COUNT])
 
 
 @functools.cache
@@ -86,9 +112,9 @@ def kernel(direction: str, dtype: torch.dtype) -> Any:
 
 def forward_cpu(x: Tensor, *arguments: Any) -> Tensor:
     """The quantized tensor, laid out as `x`; arguments: see `make_call`."""
-    y = empty_like(x)
+    y, made = space(x, arguments)
     kernel("forward", x.dtype)(make_call(x, *arguments), x.data_ptr(), y.data_ptr())
-    return y
+    return made()
 
 
 def backward_cpu(g: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -170,7 +196,8 @@ class Direct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (*backward_cpu(g, *ctx.saved_tensors, *ctx.numbers), *[None] * 10)
+        grads = backward_cpu(g, *ctx.saved_tensors, *ctx.numbers)
+        return (*grads, *[None] * (len(ctx.needs_input_grad) - len(grads)))
 
 
 def nobody_listens(x: Tensor) -> bool:

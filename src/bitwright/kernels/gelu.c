@@ -31,7 +31,7 @@ INLINE float normal(float x, float e) {
         _Pragma("omp simd") for (int64_t i = 0; i < n; i++) store_##T(d + i, load_##T(d + i) * slope[i]);            \
     }                                                                                                                \
     /* `q` has one row. */                                                                                           \
-    void forward_gelu_##T(const Call *q, const T *x, T *y) {                                                         \
+    void forward_gelu_##T(const Call *q, const T *x, void *y) {                                                      \
         const int masked = q->rate && *q->rate < 1.0f;                                                               \
         const Row p = make_row(q, 0, 0.0);                                                                           \
         _Pragma("omp parallel for num_threads(q->threads) schedule(static) if (q->threads > 1)")                     \
@@ -39,8 +39,7 @@ INLINE float normal(float x, float e) {
             T kept[PIECE];                                                                                           \
             const int64_t n = least(PIECE, q->columns - at);                                                         \
             gelu_block_##T(x + at, kept, NULL, n);                                                                   \
-            if (masked) forward_block_##T(kept, y + at, (uint32_t)at, n, p, 1);                                      \
-            else forward_block_##T(kept, y + at, (uint32_t)at, n, p, 0);                                             \
+            forward_piece_##T(q, kept, y, at, n, p, masked);                                                         \
         }                                                                                                            \
     }                                                                                                                \
     /* 0, or 1 where there is no memory. */                                                                          \

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.kernels.fused import kernel, make_call
+from bitwright.kernels.fused import kernel, make_call, space
 from bitwright.kernels.norm import dense_as
 from bitwright.kernels.pool import empty_like
 
@@ -14,11 +14,11 @@ def forward(x: Tensor, *quantizer: Any) -> Tensor:
     """gelu(x) quantized; shaped, laid out and typed as `x`.
 
     x: float32 or bfloat16 on the CPU, dense. quantizer: the arguments of `bitwright::fake_quantize` behind its first,
-    with one scale.
+    with one scale, and maybe a `Form`.
     """
-    y = empty_like(x)
+    y, made = space(x, quantizer)
     kernel("forward_gelu", x.dtype)(make_call(x, *quantizer), x.data_ptr(), y.data_ptr())
-    return y
+    return made()
 
 
 def backward(g: Tensor, x: Tensor, *quantizer: Any) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -35,7 +35,7 @@ static void spread_norm(const Norm *m, int64_t spread, float *alpha, float *beta
     }                                                                                                                \
     /* z: NULL, or where the values go; y: NULL, or where their quantized form goes (`q` is NULL without). 0, or 1   \
        where there is no memory. */                                                                                  \
-    int forward_norm_##T(const Norm *m, const Call *q, const T *x, const T *other, T *z, T *y) {                     \
+    int forward_norm_##T(const Norm *m, const Call *q, const T *x, const T *other, T *z, void *y) {                  \
         const int masked = q && q->rate && *q->rate < 1.0f;                                                          \
         const Row p = q ? make_row(q, 0, 0.0) : (Row){0};                                                            \
         const Plan plan = make_plan(m);                                                                              \
@@ -50,8 +50,7 @@ static void spread_norm(const Norm *m, int64_t spread, float *alpha, float *beta
                 const int64_t n = least(plan.piece, stop - at);                                                      \
                 T *made = z ? z + at : kept;                                                                         \
                 norm_piece_##T(m, x + at, other ? other + at : NULL, made, n, alpha + c, beta + c);                  \
-                if (q && masked) forward_block_##T(made, y + at, (uint32_t)at, n, p, 1);                             \
-                else if (q) forward_block_##T(made, y + at, (uint32_t)at, n, p, 0);                                  \
+                if (q) forward_piece_##T(q, made, y, at, n, p, masked);                                              \
             }                                                                                                        \
         }                                                                                                            \
         free(alpha);                                                                                                 \

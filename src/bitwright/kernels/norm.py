@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bitwright.kernels.build import library
-from bitwright.kernels.fused import make_call
+from bitwright.kernels.fused import make_call, space
 from bitwright.kernels.pool import empty_like
 from bitwright.kernels.steady import steady
 
@@ -91,13 +91,14 @@ def forward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(z, y): z = norm(x), plus `other`, relu if asked for; y = z quantized. All shaped, laid out and typed as `x`.
 
-    quantizer: the arguments of `bitwright::fake_quantize` behind its first, with one scale; None: y is None.
+    quantizer: the arguments of `bitwright::fake_quantize` behind its first, with one scale, and maybe a `Form`; None:
+        y is None.
     keep: whether z is wanted; else it is None.
     """
     z = torch.empty_like(x) if keep else None
-    y = empty_like(x) if quantizer else None
+    y, made = space(x, quantizer) if quantizer else (None, None)
     call("forward_norm", x, make_norm(x, norm, relu), quantized(x, quantizer), x, other, z, y)
-    return z, y
+    return z, made and made()
 
 
 class Gradients(NamedTuple):

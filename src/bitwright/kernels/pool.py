@@ -47,10 +47,11 @@ class Pool(threading.local):
 POOL = Pool()
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """An uninitialised CPU tensor of `x`'s shape, strides and type; `x` is dense."""
-    size = x.numel() * x.element_size()
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised CPU tensor of `x`'s shape and strides, and type unless another is given; `x` is dense."""
+    dtype = dtype or x.dtype
+    size = x.numel() * dtype.itemsize
     if size < SMALLEST:
-        return torch.empty_like(x)
-    made = torch.empty(0, dtype=x.dtype)
+        return torch.empty_like(x, dtype=dtype)
+    made = torch.empty(0, dtype=dtype)
     return made.set_(POOL.take(size).storage, 0, x.shape, x.stride())  # pyright: ignore[reportCallIssue]

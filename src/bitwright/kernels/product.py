@@ -1,6 +1,7 @@
 """Linear layers in float32 on AMD's processors, where torch's choice (MKL) has no code for wide vectors: by oneDNN."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,17 @@ def rows_by_rows(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(a, b, bias, "none", [], "")
 
 
+def linear_gradients(g: Tensor, x: Tensor, weight: Tensor, wants: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients of a linear layer in input, weight and bias, those that are wanted.
+
+    g: (rows, out). x: (rows, in). weight: (out, in).
+    """
+    multiply = rows_by_rows if slow_mkl() and not torch.is_grad_enabled() else F.linear
+    dx = multiply(g, weight.t()) if wants[0] else None
+    dweight = multiply(g.t(), x.t()) if wants[1] else None
+    return dx, dweight, g.sum(0) if wants[2] else None
+
+
 class Linear(torch.autograd.Function):
     """`torch.nn.functional.linear` of a matrix; twice differentiable, the second time by torch's own operators."""
 
@@ -55,11 +67,7 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        wants = ctx.needs_input_grad
-        multiply = F.linear if torch.is_grad_enabled() else rows_by_rows
-        dx = multiply(g, weight.t()) if wants[0] else None
-        dweight = multiply(g.t(), x.t()) if wants[1] else None
-        return dx, dweight, g.sum(0) if wants[2] else None
+        return linear_gradients(g, x, weight, ctx.needs_input_grad)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Keep what a quantized tensor was made from instead of the tensor itself, until the backward pass needs it."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from bitwright.kernels import fused, gelu
 from bitwright.kernels import norm as norms
+from bitwright.kernels.codes import Form, as_number, held, no_poison, times_of
+from bitwright.kernels.deferred import Deferred
 from bitwright.kernels.norm import Norm
 from bitwright.kernels.twice import runs_twice
 
@@ -32,11 +35,16 @@ class Source(NamedTuple):
     rule: int
     replaced_only: bool
 
-    def quantize(self) -> Tensor:
-        """The quantized tensor once more, to the last bit."""
+    @property
+    def quantizer(self) -> tuple[Any, ...]:
+        """The arguments of `bitwright::fake_quantize` behind its first."""
+        return self[1:]
+
+    def quantize(self, *form: Form) -> Tensor:
+        """The quantized tensor once more, to the last bit; `held` integers if a form is given."""
         x = self.x if isinstance(self.x, Tensor) else self.x.quantize()
         with torch.no_grad():
-            return fused.quantize(x, *self[1:])
+            return fused.quantize(x, *self.quantizer, *form)
 
 
 class NormSource(NamedTuple):
@@ -47,9 +55,9 @@ class NormSource(NamedTuple):
     relu: bool
     quantizer: tuple[Any, ...]
 
-    def quantize(self) -> Tensor:
-        """The quantized tensor once more, to the last bit."""
-        _, y = norms.forward(self.x, self.norm, None, self.relu, self.quantizer, False)
+    def quantize(self, *form: Form) -> Tensor:
+        """See `Source`."""
+        _, y = norms.forward(self.x, self.norm, None, self.relu, (*self.quantizer, *form), False)
         assert y is not None
         return y
 
@@ -60,9 +68,9 @@ class GeluSource(NamedTuple):
     x: Tensor
     quantizer: tuple[Any, ...]
 
-    def quantize(self) -> Tensor:
-        """The quantized tensor once more, to the last bit."""
-        return gelu.forward(self.x, *self.quantizer)
+    def quantize(self, *form: Form) -> Tensor:
+        """See `Source`."""
+        return gelu.forward(self.x, *self.quantizer, *form)
 
 
 AnySource = Source | NormSource | GeluSource
@@ -84,11 +92,29 @@ def noted(t: Tensor) -> AnySource | None:
     return source if source is not None and version == t._version else None
 
 
-def keep_sources(*quantized: Tensor) -> AbstractContextManager[Any]:
+def place(t: Tensor) -> int:
+    """Where `t` lies: an address in memory; for a deferred tensor that of what it holds."""
+    return id(t.pending) if isinstance(t, Deferred) else t.data_ptr()
+
+
+def integers(source: AnySource) -> Tensor:
+    """The integers of a quantized tensor as bfloat16 (`bitwright.kernels.codes.Form`)."""
+    zeros, constant = source.quantizer[fused.ZEROS], source.quantizer[fused.ZERO]
+    times = times_of(as_number(constant if zeros is None else zeros))
+    found = held(source.quantize(Form(torch.bfloat16, times, 0.0, no_poison())))
+    assert found is not None
+    return found.numbers
+
+
+def keep_sources(
+    *quantized: Tensor, give: Callable[[AnySource], Tensor] = lambda source: source.quantize()
+) -> AbstractContextManager[Any]:
     """Operators in this context save the sources of `quantized` tensors for backward, not the tensors.
 
     A layer that saves both its float input (for the quantizer's backward) and its quantized input (for the layer's)
     keeps 1.5 times what the float layer keeps; with this it keeps the same, for one more forward quantization.
+
+    give: what the backward pass gets of a source.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or runs_twice():
         return nullcontext()
@@ -96,14 +122,14 @@ def keep_sources(*quantized: Tensor) -> AbstractContextManager[Any]:
     if all(source is None for source in notes):
         return nullcontext()
     # Looked up by address within this context only, while `quantized` keeps the storages alive.
-    sources = {t.data_ptr(): (t.numel(), t.dtype, source) for t, source in zip(quantized, notes, strict=True)}
+    sources = {place(t): (t.numel(), t.dtype, source) for t, source in zip(quantized, notes, strict=True)}
 
     def pack(t: Tensor) -> Any:
-        numel, dtype, source = sources.get(t.data_ptr(), (0, None, None))
+        numel, dtype, source = sources.get(place(t), (0, None, None))
         # Products keep views of their operands: flattened, transposed.
         return t if source is None or (t.numel(), t.dtype) != (numel, dtype) else (source, t.shape, t.stride())
 
     def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept[0].quantize().as_strided(*kept[1:])
+        return kept if isinstance(kept, Tensor) else give(kept[0]).as_strided(*kept[1:])
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

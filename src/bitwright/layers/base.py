@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from bitwright.grids import Shape
+from bitwright.kernels.codes import asking, held
 from bitwright.layers.fold import Weight
 from bitwright.quantizer import Quantizer
 from bitwright.spec import QuantizerSpec
@@ -80,3 +82,13 @@ class QuantLayer(nn.Module):
 def apply(quantizer: Quantizer | None, x: Tensor) -> Tensor:
     """`quantizer(x)`, or `x` where there is none."""
     return x if quantizer is None else quantizer(x)
+
+
+def quantize_to_bytes(
+    input_quantizer: Quantizer | None, x: Tensor, weight_quantizer: Quantizer | None, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both quantized, and `bitwright.kernels.codes.held` where their codes fit into bytes."""
+    with asking(torch.int8):
+        w = apply(weight_quantizer, weight)
+    with asking(torch.uint8 if held(w) else None):
+        return apply(input_quantizer, x), w

@@ -1,5 +1,6 @@
 """Quantized convolutions."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitwright.grids import Shape
-from bitwright.kernels import keep_sources
-from bitwright.layers.base import QuantLayer, apply
+from bitwright.kernels import integer, keep_sources
+from bitwright.kernels.codes import held
+from bitwright.layers.base import QuantLayer, apply, quantize_to_bytes
 from bitwright.layers.sums import Sums
 from bitwright.layers.whole import evaluates, exact_in_float, whole_input, whole_weight
 
@@ -27,6 +29,12 @@ class QuantConv(QuantLayer):
 
     def convolved(self, input: Tensor, convolve: Convolve) -> Tensor:
         """`convolve(input, weight, bias)` of quantized operands."""
+        if self.training and self.may_multiply(input):
+            x, w = quantize_to_bytes(self.input_quantizer, input, self.weight_quantizer, self.weight)
+            if held(x) and held(w):
+                return self.multiplied(x, w)
+            with keep_sources(x, w):
+                return convolve(x, w, self.bias)
         x = apply(self.input_quantizer, input)
         if self.reproducible and not self.training and evaluates(x, self.weight, self.bias):
             sums = self.sums(x, convolve)
@@ -35,6 +43,14 @@ class QuantConv(QuantLayer):
         w = apply(self.weight_quantizer, self.weight)
         with keep_sources(x, w):
             return convolve(x, w, self.bias)
+
+    def may_multiply(self, input: Tensor) -> bool:
+        """Whether `multiplied` is worth a try."""
+        return False
+
+    def multiplied(self, x: Tensor, w: Tensor) -> Tensor:
+        """The convolution of tensors that hold integers (`bitwright.kernels.integer`)."""
+        raise NotImplementedError
 
     def sums(self, x: Tensor, convolve: Convolve) -> Sums | None:
         """The exact sums of the convolution of `x`, quantized already; None where it is not one of integers."""
@@ -62,6 +78,20 @@ class QuantConv2d(QuantConv, nn.Conv2d):
 
     def input_shape(self, per_channel: bool) -> Shape:
         return Shape("input", channels=self.in_channels if per_channel else 1, axis=-3)
+
+    def may_multiply(self, input: Tensor) -> bool:
+        plain = type(self)._conv_forward is nn.Conv2d._conv_forward
+        if not plain or self.padding_mode != "zeros" or isinstance(self.padding, str) or input.ndim != 4:
+            return False
+        pixels = input.numel() // (self.in_channels * math.prod(self.stride))
+        work = pixels * self.weight.numel()
+        last = integer.gives_channels_last(input, self.weight)
+        if not last and work < integer.DENSEST * (input.numel() + pixels * self.out_channels):
+            return False
+        return integer.may_multiply(input, self.weight, work)
+
+    def multiplied(self, x: Tensor, w: Tensor) -> Tensor:
+        return integer.convolution(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class QuantConv3d(QuantConv, nn.Conv3d):

@@ -4,9 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitwright.grids import Shape
-from bitwright.kernels import keep_sources
+from bitwright.kernels import integer, keep_sources
+from bitwright.kernels.codes import held
 from bitwright.kernels.product import linear
-from bitwright.layers.base import QuantLayer, apply
+from bitwright.layers.base import QuantLayer, apply, quantize_to_bytes
 from bitwright.layers.sums import linear_sums
 from bitwright.layers.whole import evaluates
 
@@ -21,8 +22,15 @@ class QuantProduct(QuantLayer):
         return Shape("input", channels=width if per_channel else 1, axis=-1)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = apply(self.input_quantizer, input)
         weight = self.weight_of("weight_quantizer")
+        rows = input.numel() // max(input.shape[-1], 1)
+        if self.training and integer.may_multiply(input, weight, rows * weight.numel()):
+            x, w = quantize_to_bytes(self.input_quantizer, input, self.weight_quantizer, weight)
+            if held(x) and held(w):
+                return integer.linear(x, w, self.bias)
+            with keep_sources(x, w):
+                return linear(x, w, self.bias)
+        x = apply(self.input_quantizer, input)
         if self.reproducible and not self.training and evaluates(x, weight):
             sums = linear_sums(x, self.input_quantizer, weight, self.weight_quantizer, self.bias)
             if sums is not None:
