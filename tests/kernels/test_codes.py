@@ -45,7 +45,7 @@ def test_inputs(seed, before, layout, grid, bits, signed, threads):
     quantizer = make_quantizer(grid, bits, x.detach(), role="input", signed=signed)
     wanted = quantizer(BEFORE[before]()(x))
     torch.manual_seed(seed)
-    with asking(torch.uint8):
+    with asking(torch.uint8, 128.0):
         y = quantizer(BEFORE[before]()(x))
     found = held(y)
     source = noted(y)
@@ -64,7 +64,7 @@ def test_inputs(seed, before, layout, grid, bits, signed, threads):
 def test_inputs_whose_zero_point_is_a_tensor(bits):
     x = torch.rand(4, 6, 5, 5) - 0.3
     quantizer = make_quantizer("minmax", bits, x, role="input", signed=False)
-    with asking(torch.uint8):
+    with asking(torch.uint8, 128.0):
         y = quantizer(x)
     found, source = held(y), noted(y)
     assert found is not None
@@ -91,7 +91,7 @@ def test_weights(grid, channels, bits):
 def test_no_bytes_for_a_zero_point_that_is_no_number_of_codes():
     x = torch.randn(4, 6, 5, 5)
     quantizer = make_quantizer("lsq+", 4, x, role="input")
-    with asking(torch.uint8):
+    with asking(torch.uint8, 128.0):
         assert held(quantizer(x)) is None
 
 
@@ -100,7 +100,7 @@ def test_no_bytes_where_only_a_share_is_quantized(make):
     for rate, found in ((0.5, False), (1.0, True)):
         quantizer = make("lsq", 4, x, estimator="pege")
         quantizer.estimator.rate.fill_(rate)
-        with asking(torch.uint8):
+        with asking(torch.uint8, 128.0):
             assert (held(quantizer(x)) is not None) == found
 
 
@@ -112,19 +112,28 @@ def test_no_bytes_for_distances_beyond_a_byte():
             assert (held(quantizer(w)) is not None) == found
 
 
+def test_signed_codes_without_an_offset():
+    x = torch.randn(4, 6, 5, 5)
+    with asking(torch.uint8):
+        assert held(make_quantizer("lsq", 4, x, role="input", signed=True)(x)) is None
+        assert held(make_quantizer("lsq", 4, x, role="input", signed=False)(x)) is not None
+    with asking(torch.bfloat16):
+        assert held(make_quantizer("lsq", 8, x, role="input", signed=True)(x)) is not None
+
+
 def test_nobody_asked(make):
     x = torch.randn(4, 6, 5, 5)
     quantizer = make("lsq", 4, x)
     assert held(quantizer(x)) is None
-    with asking(torch.uint8), asking(None):
+    with asking(torch.uint8, 128.0), asking(None):
         assert held(quantizer(x)) is None
-    with asking(torch.uint8):
+    with asking(torch.uint8, 128.0):
         assert held(quantizer(x)) is not None
 
 
 def test_who_has_seen_the_values_may_have_changed_them(make):
     x = torch.randn(4, 6)
-    with asking(torch.uint8):
+    with asking(torch.uint8, 128.0):
         y = make("lsq", 4, x)(x)
     assert held(y) is not None
     y.mul_(2)
@@ -136,7 +145,7 @@ def test_who_has_seen_the_values_may_have_changed_them(make):
 def test_a_nan_is_not_lost(before, make):
     x = torch.randn(3, 6, 5, 5)
     quantizer, layer = make("lsq", 4, x), BEFORE[before]()
-    with asking(torch.uint8):
+    with asking(torch.uint8, 128.0):
         assert not bool(quantizer(layer(x)).isnan().any())
         x[1, 2, 3, 4] = float("nan")
         assert bool(quantizer(layer(x)).isnan().all())
@@ -146,7 +155,7 @@ def test_infinity_is_clipped(make):
     x = torch.randn(3, 6)
     quantizer = make("lsq", 4, x)
     x[0, 0], x[0, 1] = float("inf"), -float("inf")
-    with asking(torch.uint8):
+    with asking(torch.uint8, 128.0):
         assert torch.equal(quantizer(x), quantizer(x.clamp(-1e30, 1e30)))
 
 
@@ -156,7 +165,7 @@ def test_the_default_type_and_device_do_not_matter(make):
     wanted = quantizer(x)
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.device("meta"), asking(torch.uint8):
+        with torch.device("meta"), asking(torch.uint8, 128.0):
             y = quantizer(x)
             assert held(y) is not None
     finally:

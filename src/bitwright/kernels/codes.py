@@ -1,6 +1,6 @@
-"""Quantized tensors as bytes, for readers that compute on integers.
+"""Quantized tensors as integers, for readers that compute on these.
 
-A reader asks (`asking`); what it quantizes then is a `Deferred` that has a byte per element, and a step.
+A reader asks (`asking`); what it quantizes then is a `Deferred` that has an integer per element, and a step.
 `bitwright.kernels.integer` multiplies these; anybody else who looks gets float values.
 """
 
@@ -14,7 +14,10 @@ from torch import Tensor
 from bitwright.kernels.deferred import Deferred, Pending
 from bitwright.kernels.reference import EPS
 
-_wanted: torch.dtype | None = None
+# What a type holds exactly.
+RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127), torch.bfloat16: (-256, 256)}
+
+_wanted: tuple[torch.dtype, float] | None = None
 
 
 class Form(NamedTuple):
@@ -37,8 +40,8 @@ class Form(NamedTuple):
 class PendingCodes(Pending):
     """(number - offset) * step.
 
-    numbers: int8 or uint8, dense. step: float32, (1,), or one per index of the first axis. All of it is NaN where a
-    value was.
+    numbers: int8, uint8 or bfloat16, dense. step: float32, (1,), or one per index of the first axis. All of it is NaN
+    where a value was.
     """
 
     dtype = torch.float32
@@ -62,10 +65,13 @@ class PendingCodes(Pending):
 
 
 @contextmanager
-def asking(dtype: torch.dtype | None) -> Iterator[None]:
-    """What is quantized in this context becomes bytes of this type where that is possible; None: it does not."""
+def asking(dtype: torch.dtype | None, offset: float = 0.0) -> Iterator[None]:
+    """What is quantized in this context becomes integers of this type where that is possible; None: it does not.
+
+    offset: what may be added to signed codes; 0: they have to fit by themselves.
+    """
     global _wanted
-    before, _wanted = _wanted, dtype
+    before, _wanted = _wanted, None if dtype is None else (dtype, offset)
     try:
         yield
     finally:
@@ -88,20 +94,21 @@ def times_of(zero: float) -> float:
 
 
 def form_of(lo: Tensor, hi: Tensor, zero: Tensor | float, rate: Tensor | None) -> Form | None:
-    """The bytes that somebody asks for; None where nobody does or where codes do not fit.
+    """The integers that somebody asks for; None where nobody does or where codes do not fit.
 
     lo, hi: smallest and largest code, (1,). zero: the code of the value 0. rate: the share of quantized elements.
     """
     if _wanted is None or (rate is not None and rate.item() < 1.0):
         return None
+    dtype, offset = _wanted
     zero = as_number(zero)
     times = times_of(zero)
     low, high = (lo.item() - zero) * times, (hi.item() - zero) * times
-    offset = 128.0 if low < 0 and _wanted == torch.uint8 else 0.0
-    least, most = (0, 255) if _wanted == torch.uint8 else (-128, 127)
+    offset = offset if low < 0 else 0.0
+    least, most = RANGES[dtype]
     if low != round(low) or low + offset < least or high + offset > most:
         return None
-    return Form(_wanted, times, offset, no_poison())
+    return Form(dtype, times, offset, no_poison())
 
 
 def waiting(numbers: Tensor, form: Form | None, scale: Tensor, count: int) -> Tensor:

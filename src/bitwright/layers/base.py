@@ -85,10 +85,17 @@ def apply(quantizer: Quantizer | None, x: Tensor) -> Tensor:
 
 
 def quantize_to_bytes(
-    input_quantizer: Quantizer | None, x: Tensor, weight_quantizer: Quantizer | None, weight: Tensor
+    input_quantizer: Quantizer | None,
+    x: Tensor,
+    weight_quantizer: Quantizer | None,
+    weight: Tensor,
+    offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Both quantized, and `bitwright.kernels.codes.held` where their codes fit into bytes."""
+    """Both quantized, and `bitwright.kernels.codes.held` where their codes fit into bytes.
+
+    offset: what may be added to a signed input's codes.
+    """
     with asking(torch.int8):
         w = apply(weight_quantizer, weight)
-    with asking(torch.uint8 if held(w) else None):
+    with asking(torch.uint8 if held(w) else None, offset):
         return apply(input_quantizer, x), w

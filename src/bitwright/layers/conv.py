@@ -83,6 +83,8 @@ class QuantConv2d(QuantConv, nn.Conv2d):
         plain = type(self)._conv_forward is nn.Conv2d._conv_forward
         if not plain or self.padding_mode != "zeros" or isinstance(self.padding, str) or input.ndim != 4:
             return False
+        if self.groups > 1 or not integer.trusts(input, self.kernel_size, self.stride, self.padding, self.dilation):
+            return False
         pixels = input.numel() // (self.in_channels * math.prod(self.stride))
         work = pixels * self.weight.numel()
         last = integer.gives_channels_last(input, self.weight)

@@ -25,7 +25,7 @@ class QuantProduct(QuantLayer):
         weight = self.weight_of("weight_quantizer")
         rows = input.numel() // max(input.shape[-1], 1)
         if self.training and integer.may_multiply(input, weight, rows * weight.numel()):
-            x, w = quantize_to_bytes(self.input_quantizer, input, self.weight_quantizer, weight)
+            x, w = quantize_to_bytes(self.input_quantizer, input, self.weight_quantizer, weight, 128.0)
             if held(x) and held(w):
                 return integer.linear(x, w, self.bias)
             with keep_sources(x, w):
