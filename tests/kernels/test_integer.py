@@ -1,7 +1,6 @@
 """Layers on integers: exact sums, the float layer's gradients, and the float layer wherever integers do not do."""
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -130,54 +129,6 @@ def test_linear_layers(seed, shape, sizes, bias, bits, signed, split):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * max(float(want.abs().max()), 1.0))
 
 
-ATTENTION = {
-    "plain": lambda m, x: m(x, x, x, need_weights=False)[0],
-    "probabilities wanted": lambda m, x: (lambda y, p: y + p.sum())(*m(x, x, x)),
-    "a mask": lambda m, x: m(x, x, x, attn_mask=torch.ones(9, 9).triu(1).bool(), need_weights=False)[0],
-    "other keys": lambda m, x: m(x, x[:, :4], x[:, :4], need_weights=False)[0],
-}
-
-
-class Attending(nn.Module):
-    """Attention, called in one of these ways."""
-
-    def __init__(self, call, dropout=0.0):
-        super().__init__()
-        self.attention, self.call = nn.MultiheadAttention(16, 2, dropout, batch_first=True), call
-
-    def forward(self, x):
-        return self.call(self.attention, x)
-
-
-@pytest.mark.skipif(not halves.available(), reason="this processor does not multiply bfloat16 matrices")
-@pytest.mark.parametrize("bits", ["w4a4", "w8a8", "w2a2"])
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention(name, bits, monkeypatch):
-    x = torch.randn(3, 9, 16)
-    model = prepared(Attending(ATTENTION[name]), x, bits)
-    calls = []
-    multiply = halves.multiply
-    monkeypatch.setattr(halves, "multiply", lambda *arguments: calls.append(1) or multiply(*arguments))
-    y, grads = results(model, x)
-    assert len(calls) >= 6  # both products forward, and their four gradients
-    with float_products():
-        wanted, wanted_grads = results(model, x)
-    # A code at a tie may be another one after sums that round otherwise: few values differ by more than rounding.
-    for got, want in zip((y, *grads), (wanted, *wanted_grads), strict=True):
-        far = (got - want).abs() > 1e-4 * want.abs().max() + 1e-5
-        assert far.float().mean() < 0.02
-
-
-def test_dropout_of_attention_leaves_the_second_product_float():
-    x = torch.randn(3, 9, 16)
-    model, made = prepared(Attending(ATTENTION["plain"], 0.5), x), []
-    for context in (nullcontext, float_products):
-        torch.manual_seed(1)
-        with context():
-            made.append(model(x))
-    assert ((made[0] - made[1]).abs() > 1e-4).float().mean() < 0.02
-
-
 class Net(nn.Module):
     """Norms, relu, GELU, a residual sum; an image, and a head."""
 
@@ -278,6 +229,37 @@ def test_where_the_layer_is_a_float_one(name):
     y = run(prepared(copy.deepcopy(layer), x), x)
     assert y.grad_fn is not None
     assert not on_integers(y)
+
+
+def test_a_wrong_convolution_is_said_and_left_out(monkeypatch, caplog):
+    x, calls = torch.rand(2, 3, 8, 8), []
+    model = prepared(nn.Conv2d(3, 4, 3), x)
+    with float_products():
+        wanted = model(x)
+    right = integer.integer_convolution
+
+    def wrong(*arguments):
+        calls.append(arguments)
+        return right(*arguments).clone().index_fill_(2, torch.tensor(1), 7.0)
+
+    monkeypatch.setattr(integer, "_judgements", {})
+    monkeypatch.setattr(integer, "integer_convolution", wrong)
+    for _ in range(3):
+        torch.testing.assert_close(model(x), wanted)
+    assert len(calls) == 1
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "integer convolution is wrong for inputs (2, 3, 8, 8), weights (4, 3, 3, 3)" in said
+
+
+def test_a_nan_is_no_judgement(monkeypatch, caplog):
+    monkeypatch.setattr(integer, "_judgements", {})
+    x = torch.rand(2, 3, 8, 8)
+    model = prepared(nn.Conv2d(3, 4, 3), x)
+    assert bool(model(x * float("nan")).isnan().all())
+    assert not integer._judgements
+    model(x)
+    assert list(integer._judgements.values()) == [True]
+    assert not caplog.records
 
 
 def test_convolutions_of_signed_codes_are_float():

@@ -33,15 +33,3 @@ void split_f32(const float *restrict x, const float *restrict step, bf16 *restri
         }
     }
 }
-
-/* `cblas_gemm_bf16bf16f32` of matrices that lie one after another: c = alpha a b + beta c, row by row; a: (m, k) and
-   b: (k, n), or turned round where `turned_a` and `turned_b`. */
-typedef void (*Gemm)(int, int, int, int, int, int, float, const bf16 *, int, const bf16 *, int, float, float *, int);
-
-void multiply_batch(Gemm gemm, int64_t count, int64_t m, int64_t n, int64_t k, const bf16 *a, int64_t turned_a,
-                    const bf16 *b, int64_t turned_b, float alpha, float beta, float *c) {
-    enum { ROW_MAJOR = 101, PLAIN = 111, TURNED = 112 };
-    for (int64_t i = 0; i < count; i++)
-        gemm(ROW_MAJOR, turned_a ? TURNED : PLAIN, turned_b ? TURNED : PLAIN, (int)m, (int)n, (int)k, alpha,
-             a + i * m * k, (int)(turned_a ? m : k), b + i * k * n, (int)(turned_b ? k : n), beta, c + i * m * n, (int)n);
-}

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
 from bitwright.grids import Shape
-from bitwright.kernels import integer, keep_sources
-from bitwright.kernels.codes import asking, held
+from bitwright.kernels import keep_sources
 from bitwright.kernels.product import linear
 from bitwright.kernels.reproducible import softmax
 from bitwright.layers.base import QuantLayer, apply
@@ -46,29 +45,27 @@ def scaled_dot_product(
     """
     # Scaling q before it is quantized leaves the product a plain matmul of two quantized tensors.
     query, key, value, attention = (quantizers.get(slot) for slot in PRODUCT_SLOTS)
-    integers = torch.bfloat16 if integer.may_multiply_floats(q, q.numel() * k.shape[-2]) else None
-    with asking(integers if query and key else None):
-        q = apply(query, q * (1.0 / math.sqrt(q.shape[-1])) if scaled else q)
-        k = apply(key, k)
-    with asking(integers if value and attention and not dropout else None):
-        v = apply(value, v)
+    q = apply(query, q * (1.0 / math.sqrt(q.shape[-1])) if scaled else q)
+    k = apply(key, k)
+    v = apply(value, v)
     reproducible = reproducible and evaluates(q)
     scores = whole_product(q, query, k, key) if reproducible else None
     if scores is None:
-        scores = integer.product(q, k, True)
+        with keep_sources(q, k):
+            scores = q @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores + mask
     probabilities = softmax(scores) if reproducible else scores.softmax(-1)
     # Dropout after quantization: its factor 1 / (1 - p) would otherwise reach beyond the calibrated range.
-    with asking(integers if held(v) else None):
-        weights = apply(attention, probabilities)
+    weights = apply(attention, probabilities)
     if dropout:
         weights = F.dropout(weights, dropout)
     if reproducible:
         out = whole_product(weights, attention, v.transpose(-2, -1), value)
         if out is not None:
             return out, probabilities
-    return integer.product(weights, v, False), probabilities
+    with keep_sources(weights, v):
+        return weights @ v, probabilities
 
 
 class QuantAttentionBase(QuantLayer):
