@@ -33,3 +33,13 @@ void split_f32(const float *restrict x, const float *restrict step, bf16 *restri
         }
     }
 }
+
+/* y * step + bias in place; bias: or NULL. */
+void scale_f32(float *restrict y, const float *restrict step, const float *restrict bias, int64_t rows,
+               int64_t columns) {
+    for (int64_t r = 0; r < rows; r++) {
+        float *row = y + r * columns;
+        if (bias) { _Pragma("omp simd") for (int64_t i = 0; i < columns; i++) row[i] = row[i] * step[i] + bias[i]; }
+        else { _Pragma("omp simd") for (int64_t i = 0; i < columns; i++) row[i] *= step[i]; }
+    }
+}
