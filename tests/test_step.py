@@ -170,9 +170,43 @@ def test_distillation_in_a_step_leaves_the_teacher_alone():
     torch.testing.assert_close(result.loss.float(), (task + kd).detach().float())
     assert same(before, teacher)
     assert not teacher.training
-    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
     with pytest.raises(bw.BitwrightError, match="temperature=0"):
         bw.KD(teacher, temperature=0)
+
+
+def test_a_teacher_is_nothing_that_is_trained():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    follows = net()  # other parameters, over the same memory
+    follows.load_state_dict(model.state_dict(), assign=True)
+    for teacher in (model, nn.Sequential(model[0], *net()[1:]), follows):
+        with pytest.raises(bw.BitwrightError, match=r"^methods: kd: the optimizer trains parameters of the teacher"):
+            bw.Step(model, F.cross_entropy, optimizer, [bw.KD(teacher)])
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.training
+    model[0].requires_grad_(False)  # what nobody trains may be in both
+    bw.Step(model, F.cross_entropy, optimizer, [bw.KD(nn.Sequential(model[0], *net()[1:]))])
+
+
+def test_a_teacher_inside_the_model_stays_in_evaluation_mode():
+    """Its norms would take up the batch, as the `train()` of the whole reaches them."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student = net()
+            self.teacher = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+
+        def forward(self, x):
+            return self.student(x)
+
+    both = Both()
+    step = bw.Step(both, F.cross_entropy, torch.optim.SGD(both.student.parameters(), 0.1), [bw.KD(both.teacher)])
+    before = copy.deepcopy(both.teacher)
+    both.train()
+    step(*data(1)[0])
+    assert same(before, both.teacher)
 
 
 def test_a_model_may_put_out_a_dict():

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from bitwright.errors import BitwrightError
 from bitwright.grids.base import as_float
 from bitwright.methods.base import Batch, Method
+from bitwright.methods.shared import share_memory
 from bitwright.prepare import split_parameters, warn_once
 
 
@@ -53,6 +54,17 @@ def check_arguments(optimizer: Any, methods: Any, amp_dtype: Any, clip_norm: flo
         raise BitwrightError(f"accumulate={accumulate} is not accepted; use 1 or more batches per step")
 
 
+def check_frozen(optimizer: torch.optim.Optimizer, methods: Sequence[Method]) -> None:
+    """Raise BitwrightError for a network that a method only reads, a teacher, and that would change as it trains."""
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for method in methods:
+        if method.frozen is not None and share_memory(trained, method.frozen.parameters()):
+            raise BitwrightError(
+                f"methods: {method.name}: the optimizer trains parameters of the teacher; give a network of its own, "
+                "a deep copy of the trained float model"
+            )
+
+
 def say_what_is_not_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """A line in the log where the optimizer was made before `prepare`, and holds no learned scale."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -86,7 +98,8 @@ class Step:
 
     Raises:
         BitwrightError: two methods own the backward pass, two set bit-widths, one computes the weights that another
-            moves, two losses share a name, `loss_fn` gives more than one number, or an argument is not accepted.
+            moves, the optimizer trains a method's teacher, two losses share a name, `loss_fn` gives more than one
+            number, or an argument is not accepted.
     """
 
     def __init__(
@@ -114,6 +127,7 @@ class Step:
                 f"methods: {makers[0]} computes the weights, so that there are none for {movers[0]} to move; "
                 "use one of them"
             )
+        check_frozen(optimizer, methods)
         say_what_is_not_trained(model, optimizer)
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.methods = list(methods)

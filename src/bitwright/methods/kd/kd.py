@@ -32,8 +32,8 @@ class KD(Method):
     """Adds `weight * kd_loss` to the task loss.
 
     Args:
-        teacher: the float partner or any model with the same classes; it is put in evaluation mode and its
-            parameters stop requiring gradients.
+        teacher: the float partner or any model with the same classes. It runs in evaluation mode, without gradients,
+            and shares no parameter with what is trained: a deep copy, say, as `Step` checks.
         weight: factor of the loss. Default 1.
         temperature: default 4, usual for CIFAR; ImageNet recipes use 1.
         teacher_dtype: "bfloat16": the teacher runs under autocast to it, whatever the model runs in. None
@@ -56,11 +56,12 @@ class KD(Method):
             raise BitwrightError(
                 f"kd: weight={weight}, temperature={temperature} is not accepted; use weight >= 0, temperature > 0"
             )
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = self.frozen = teacher
         self.weight, self.temperature = weight, temperature
         self.teacher_dtype = guide_dtype(teacher_dtype, "kd: teacher_dtype")
 
     def losses(self, batch: Batch, outputs: Any) -> dict[str, Tensor]:
+        self.teacher.eval()  # each time: the train() of a module that holds both reaches it
         with torch.no_grad(), casting(device_of(self.teacher), self.teacher_dtype):
             target = logits_of(forward_fast(self.teacher, batch.inputs), "kd: the teacher")
         logits = logits_of(outputs, "kd")
