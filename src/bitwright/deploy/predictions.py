@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitwright.batches import class_axis
 from bitwright.deploy.comparison import FLIP_RATE, VerifyReport
 
 # Shares of the largest output below which classes tie: in exact arithmetic, and in the maps of float32 sums.
@@ -44,7 +45,7 @@ def in_rows(output: Tensor, images: int) -> Tensor:
 
 def along_classes(output: Tensor, asked: int | None) -> int:
     """The axis of `output`, (images, ...), along which classes lie, 1 or more; asked: `class_axis` of `verify`."""
-    axis = (1 if output.ndim >= 4 else -1) if asked is None else asked
+    axis = class_axis(output) if asked is None else asked
     axis = axis + output.ndim if axis < 0 else axis
     return axis if 0 < axis < output.ndim else output.ndim - 1
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitwright.batches import device_of, logits_of
+from bitwright.batches import class_axis, device_of, logits_of
 from bitwright.errors import BitwrightError
 from bitwright.methods.base import Batch, Method
 from bitwright.methods.precision import casting, guide_dtype
@@ -14,17 +14,18 @@ from bitwright.methods.probe import forward_fast
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the batch; a scalar.
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the batch (and tokens or pixels); a scalar.
 
     T^2 keeps the gradient's size when T changes (section 2 of the paper). `teacher` receives no gradient.
 
     Args:
-        student, teacher: logits, shape (batch, ..., classes).
+        student, teacher: logits, shape (batch, classes), (batch, tokens, classes) or (batch, classes, rows, columns).
         temperature: T > 0.
     """
-    log_p = F.log_softmax(student.float() / temperature, -1)
-    log_q = F.log_softmax(teacher.detach().float() / temperature, -1)
-    rows = log_p.numel() // log_p.shape[-1]
+    axis = class_axis(student)
+    log_p = F.log_softmax(student.float() / temperature, axis)
+    log_q = F.log_softmax(teacher.detach().float() / temperature, axis)
+    rows = log_p.numel() // log_p.shape[axis]
     return F.kl_div(log_p, log_q, reduction="sum", log_target=True) * (temperature**2 / rows)
 
 
