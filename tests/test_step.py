@@ -298,6 +298,34 @@ def test_an_optimizer_made_before_prepare_is_mentioned(caplog):
     assert "the optimizer holds 0 of 3 learned scales" in caplog.text
 
 
+def test_a_run_resumed_without_its_methods_is_mentioned(caplog):
+    """The curriculum would fall back to its beginning while all else goes on."""
+
+    def made(state):
+        torch.manual_seed(0)
+        pege = bw.QuantizerSpec(bits=3, estimator="pege")
+        model = bw.prepare(
+            nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), [bw.Rule(match="*", weight=pege)]
+        )
+        bw.calibrate(model, torch.randn(8, 4))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        step = bw.Step(model, F.cross_entropy, optimizer, [bw.PEGECurriculum(model, 20)])
+        for part, saved in zip((model, optimizer, step), state, strict=False):
+            part.load_state_dict(saved)
+        return model, optimizer, step
+
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    warn_once.cache_clear()
+    model, optimizer, step = made(())
+    for _ in range(10):
+        step(x, y)
+    saved = copy.deepcopy([part.state_dict() for part in (model, optimizer, step)])
+    made(saved)[2](x, y)
+    assert not caplog.records
+    made(saved[:2])[2](x, y)
+    assert "the optimizer goes on from earlier steps, and pege from the beginning" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -78,6 +78,16 @@ def say_what_is_not_trained(model: nn.Module, optimizer: torch.optim.Optimizer) 
         )
 
 
+def say_what_begins_anew(optimizer: torch.optim.Optimizer, methods: Sequence[Method]) -> None:
+    """A line in the log where a run was resumed without the methods' state: schedules would fall back to the start."""
+    forgetful = [m.name for m in methods if m.state_dict()]
+    if forgetful and optimizer.state:
+        warn_once(
+            f"bitwright: the optimizer goes on from earlier steps, and {', '.join(forgetful)} from the beginning; if "
+            "this resumes a run, save step.state_dict() beside the model's and the optimizer's, and load it too"
+        )
+
+
 class Step:
     """Forward, losses, backward, optimizer and methods of one batch: `result = step(x, y)`.
 
@@ -173,6 +183,8 @@ class Step:
         x: a tensor; a tuple of tensors, for models of several inputs; or a dict of keyword arguments, as Hugging
         Face's models are called. y: what `loss_fn` takes beside the model's outputs.
         """
+        if self.steps == self._micro == 0:
+            say_what_begins_anew(self.optimizer, self.methods)
         self.batch = Batch(x, y)
         if self._owner is None:
             self.default_backward()
