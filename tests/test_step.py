@@ -51,6 +51,54 @@ def test_it_is_the_loop_by_hand(clip):
     assert same(mine, theirs)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_that_another_loss_left_are_not_stepped_on(accumulate):
+    """As of two networks that train each other: the loss of one leaves gradients in the other."""
+
+    def maker():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+    def judged(real, made, judge):
+        return F.softplus(-judge(real)[:, 0]).mean() + F.softplus(judge(made)[:, 0]).mean()
+
+    noise = torch.randn(6, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    reals = [x for x, _ in data(6)]
+    mine, judge = maker(), net()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (judge, mine)]
+    for i, (real, z) in enumerate(zip(reals, noise, strict=True)):
+        if i % accumulate == 0:
+            optimizers[0].zero_grad()
+        (judged(real, mine(z).detach(), judge) / accumulate).backward()
+        if i % accumulate == accumulate - 1:
+            optimizers[0].step()
+            optimizers[1].zero_grad()
+            F.softplus(-judge(mine(z))[:, 0]).mean().backward()
+            optimizers[1].step()
+
+    theirs, other = maker(), net()
+    both = nn.ModuleDict({"maker": theirs, "judge": other})
+    first = bw.Step(
+        other,
+        lambda out, rows: F.softplus(-out[:rows, 0]).mean() + F.softplus(out[rows:, 0]).mean(),
+        torch.optim.SGD(other.parameters(), 0.1, momentum=0.9),
+        accumulate=accumulate,
+    )
+    second = bw.Step(
+        nn.Sequential(*both.values()),
+        lambda out, _: F.softplus(-out[:, 0]).mean(),
+        torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9),
+    )
+    for i, (real, z) in enumerate(zip(reals, noise, strict=True)):
+        first(torch.cat([real, theirs(z).detach()]), len(real))
+        if i % accumulate == accumulate - 1:
+            second(z, None)
+    for a, b in zip(
+        [*mine.parameters(), *judge.parameters()], [*theirs.parameters(), *other.parameters()], strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
 def test_accumulated_batches_are_one_large_batch():
     whole, parts = net(), net()
     batches = data(4)

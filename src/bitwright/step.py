@@ -185,6 +185,8 @@ class Step:
         """
         if self.steps == self._micro == 0:
             say_what_begins_anew(self.optimizer, self.methods)
+        if self._micro == 0:
+            self.optimizer.zero_grad(set_to_none=True)  # what other losses left, of a second network say
         self.batch = Batch(x, y)
         if self._owner is None:
             self.default_backward()
