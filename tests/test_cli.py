@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 
 import onnx
 import pytest
@@ -327,6 +328,13 @@ def test_a_traceback_only_with_debug(bitwright):
 def test_wrong_usage_exits_with_2(bitwright):
     for line in (["nosuch"], ["eval"], ["train", "--nosuch"], ["verify", "x", "--images", "0"]):
         assert bitwright(*line)[0] == 2
+
+
+def test_version_is_one_line(bitwright):
+    code, out, _ = bitwright("--version")
+    assert code == 0
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert out == f"bitwright {metadata.version('bitwright')} (torch {metadata.version('torch')}, Python {python})\n"
 
 
 def test_help_names_every_command(bitwright):

@@ -51,6 +51,54 @@ def test_it_is_the_loop_by_hand(clip):
     assert same(mine, theirs)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_that_another_loss_left_are_not_stepped_on(accumulate):
+    """As of two networks that train each other: the loss of one leaves gradients in the other."""
+
+    def maker():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+    def judged(real, made, judge):
+        return F.softplus(-judge(real)[:, 0]).mean() + F.softplus(judge(made)[:, 0]).mean()
+
+    noise = torch.randn(6, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    reals = [x for x, _ in data(6)]
+    mine, judge = maker(), net()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (judge, mine)]
+    for i, (real, z) in enumerate(zip(reals, noise, strict=True)):
+        if i % accumulate == 0:
+            optimizers[0].zero_grad()
+        (judged(real, mine(z).detach(), judge) / accumulate).backward()
+        if i % accumulate == accumulate - 1:
+            optimizers[0].step()
+            optimizers[1].zero_grad()
+            F.softplus(-judge(mine(z))[:, 0]).mean().backward()
+            optimizers[1].step()
+
+    theirs, other = maker(), net()
+    both = nn.ModuleDict({"maker": theirs, "judge": other})
+    first = bw.Step(
+        other,
+        lambda out, rows: F.softplus(-out[:rows, 0]).mean() + F.softplus(out[rows:, 0]).mean(),
+        torch.optim.SGD(other.parameters(), 0.1, momentum=0.9),
+        accumulate=accumulate,
+    )
+    second = bw.Step(
+        nn.Sequential(*both.values()),
+        lambda out, _: F.softplus(-out[:, 0]).mean(),
+        torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9),
+    )
+    for i, (real, z) in enumerate(zip(reals, noise, strict=True)):
+        first(torch.cat([real, theirs(z).detach()]), len(real))
+        if i % accumulate == accumulate - 1:
+            second(z, None)
+    for a, b in zip(
+        [*mine.parameters(), *judge.parameters()], [*theirs.parameters(), *other.parameters()], strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
 def test_accumulated_batches_are_one_large_batch():
     whole, parts = net(), net()
     batches = data(4)
@@ -170,9 +218,43 @@ def test_distillation_in_a_step_leaves_the_teacher_alone():
     torch.testing.assert_close(result.loss.float(), (task + kd).detach().float())
     assert same(before, teacher)
     assert not teacher.training
-    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
     with pytest.raises(bw.BitwrightError, match="temperature=0"):
         bw.KD(teacher, temperature=0)
+
+
+def test_a_teacher_is_nothing_that_is_trained():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    follows = net()  # other parameters, over the same memory
+    follows.load_state_dict(model.state_dict(), assign=True)
+    for teacher in (model, nn.Sequential(model[0], *net()[1:]), follows):
+        with pytest.raises(bw.BitwrightError, match=r"^methods: kd: the optimizer trains parameters of the teacher"):
+            bw.Step(model, F.cross_entropy, optimizer, [bw.KD(teacher)])
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.training
+    model[0].requires_grad_(False)  # what nobody trains may be in both
+    bw.Step(model, F.cross_entropy, optimizer, [bw.KD(nn.Sequential(model[0], *net()[1:]))])
+
+
+def test_a_teacher_inside_the_model_stays_in_evaluation_mode():
+    """Its norms would take up the batch, as the `train()` of the whole reaches them."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student = net()
+            self.teacher = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+
+        def forward(self, x):
+            return self.student(x)
+
+    both = Both()
+    step = bw.Step(both, F.cross_entropy, torch.optim.SGD(both.student.parameters(), 0.1), [bw.KD(both.teacher)])
+    before = copy.deepcopy(both.teacher)
+    both.train()
+    step(*data(1)[0])
+    assert same(before, both.teacher)
 
 
 def test_a_model_may_put_out_a_dict():
@@ -262,6 +344,34 @@ def test_an_optimizer_made_before_prepare_is_mentioned(caplog):
     assert not caplog.records
     bw.Step(model, F.cross_entropy, early)
     assert "the optimizer holds 0 of 3 learned scales" in caplog.text
+
+
+def test_a_run_resumed_without_its_methods_is_mentioned(caplog):
+    """The curriculum would fall back to its beginning while all else goes on."""
+
+    def made(state):
+        torch.manual_seed(0)
+        pege = bw.QuantizerSpec(bits=3, estimator="pege")
+        model = bw.prepare(
+            nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), [bw.Rule(match="*", weight=pege)]
+        )
+        bw.calibrate(model, torch.randn(8, 4))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        step = bw.Step(model, F.cross_entropy, optimizer, [bw.PEGECurriculum(model, 20)])
+        for part, saved in zip((model, optimizer, step), state, strict=False):
+            part.load_state_dict(saved)
+        return model, optimizer, step
+
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    warn_once.cache_clear()
+    model, optimizer, step = made(())
+    for _ in range(10):
+        step(x, y)
+    saved = copy.deepcopy([part.state_dict() for part in (model, optimizer, step)])
+    made(saved)[2](x, y)
+    assert not caplog.records
+    made(saved[:2])[2](x, y)
+    assert "the optimizer goes on from earlier steps, and pege from the beginning" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,13 @@ def logits_of(output: Any, who: str) -> Tensor:
     return next(iter(found.values()))
 
 
+def class_axis(output: Tensor) -> int:
+    """Along which axis classes lie: 1 of four axes and more (images, classes, rows, columns), else the last of
+    (images, classes) and (sequences, tokens, classes), counted from 0.
+    """
+    return 1 if output.ndim >= 4 else output.ndim - 1
+
+
 def key_of(part: Any) -> str:
     """One step of a path into a nested output: a dict's key, an attribute's name or an index."""
     return str(next(getattr(part, what) for what in ("key", "name", "idx") if hasattr(part, what)))

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from bitwright.errors import BitwrightError
 from bitwright.grids.base import as_float
 from bitwright.methods.base import Batch, Method
+from bitwright.methods.shared import share_memory
 from bitwright.prepare import split_parameters, warn_once
 
 
@@ -53,6 +54,17 @@ def check_arguments(optimizer: Any, methods: Any, amp_dtype: Any, clip_norm: flo
         raise BitwrightError(f"accumulate={accumulate} is not accepted; use 1 or more batches per step")
 
 
+def check_frozen(optimizer: torch.optim.Optimizer, methods: Sequence[Method]) -> None:
+    """Raise BitwrightError for a network that a method only reads, a teacher, and that would change as it trains."""
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for method in methods:
+        if method.frozen is not None and share_memory(trained, method.frozen.parameters()):
+            raise BitwrightError(
+                f"methods: {method.name}: the optimizer trains parameters of the teacher; give a network of its own, "
+                "a deep copy of the trained float model"
+            )
+
+
 def say_what_is_not_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """A line in the log where the optimizer was made before `prepare`, and holds no learned scale."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -63,6 +75,16 @@ def say_what_is_not_trained(model: nn.Module, optimizer: torch.optim.Optimizer) 
             f"bitwright: the optimizer holds {len(scales) - left} of {len(scales)} learned scales; the others stay as "
             "they are, if no other optimizer has them; make it after prepare, or add them: "
             "optimizer.add_param_group({'params': bitwright.split_parameters(model)[1], 'weight_decay': 0.0})"
+        )
+
+
+def say_what_begins_anew(optimizer: torch.optim.Optimizer, methods: Sequence[Method]) -> None:
+    """A line in the log where a run was resumed without the methods' state: schedules would fall back to the start."""
+    forgetful = [m.name for m in methods if m.state_dict()]
+    if forgetful and optimizer.state:
+        warn_once(
+            f"bitwright: the optimizer goes on from earlier steps, and {', '.join(forgetful)} from the beginning; if "
+            "this resumes a run, save step.state_dict() beside the model's and the optimizer's, and load it too"
         )
 
 
@@ -86,7 +108,8 @@ class Step:
 
     Raises:
         BitwrightError: two methods own the backward pass, two set bit-widths, one computes the weights that another
-            moves, two losses share a name, `loss_fn` gives more than one number, or an argument is not accepted.
+            moves, the optimizer trains a method's teacher, two losses share a name, `loss_fn` gives more than one
+            number, or an argument is not accepted.
     """
 
     def __init__(
@@ -114,6 +137,7 @@ class Step:
                 f"methods: {makers[0]} computes the weights, so that there are none for {movers[0]} to move; "
                 "use one of them"
             )
+        check_frozen(optimizer, methods)
         say_what_is_not_trained(model, optimizer)
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self.methods = list(methods)
@@ -159,6 +183,10 @@ class Step:
         x: a tensor; a tuple of tensors, for models of several inputs; or a dict of keyword arguments, as Hugging
         Face's models are called. y: what `loss_fn` takes beside the model's outputs.
         """
+        if self.steps == self._micro == 0:
+            say_what_begins_anew(self.optimizer, self.methods)
+        if self._micro == 0:
+            self.optimizer.zero_grad(set_to_none=True)  # what other losses left, of a second network say
         self.batch = Batch(x, y)
         if self._owner is None:
             self.default_backward()

@@ -9,8 +9,8 @@ from torch import nn
 import bitwright as bw
 from bitwright.batches import inputs_of
 from bitwright.deploy import export, freeze, snap_biases, verify
+from bitwright.deploy.predictions import beaten
 from bitwright.deploy.unread import unread
-from bitwright.deploy.verify import beaten
 from bitwright.errors import BitwrightError
 
 
@@ -91,7 +91,7 @@ def test_a_difference_in_one_output_is_found_and_named(tmp_path):
 
 def test_an_image_whose_outputs_all_differ_counts_once():
     from bitwright.deploy.comparison import VerifyReport
-    from bitwright.deploy.verify import compare_outputs
+    from bitwright.deploy.predictions import compare_outputs
 
     report = VerifyReport("f", [])
     report.name_outputs(["a", "b"], 2)
@@ -106,9 +106,10 @@ def test_an_image_whose_outputs_all_differ_counts_once():
 @pytest.mark.parametrize(
     ("pixels", "codes_agree", "wrong"), [(1, True, 1), (1, False, 0), (4, False, 0), (5, False, 1)]
 )
-def test_where_codes_differ_one_pixel_in_a_thousand_may(pixels, codes_agree, wrong):
+@pytest.mark.parametrize("signal", [False, True])
+def test_where_codes_differ_one_pixel_in_a_thousand_may(pixels, codes_agree, wrong, signal):
     from bitwright.deploy.comparison import VerifyReport
-    from bitwright.deploy.verify import compare_outputs
+    from bitwright.deploy.predictions import compare_outputs
 
     trained = torch.zeros(2, 3, 64, 64)
     trained[:, 1] = 1.0
@@ -118,8 +119,55 @@ def test_where_codes_differ_one_pixel_in_a_thousand_may(pixels, codes_agree, wro
     clean = torch.tensor([codes_agree, True])
     report = VerifyReport("f", [])
     trained[1, 2, 5] = 1 - 1e-7
-    compare_outputs(report, [trained], [trained], [file], clean, lambda rows: [trained[rows].double()])
+    if signal:  # (signals, classes, times)
+        trained, file = trained.flatten(2), file.flatten(2)
+    axis = 1 if signal else None
+    compare_outputs(report, [trained], [trained], [file], clean, lambda rows: [trained[rows].double()], axis)
     assert (report.different_frozen, report.different_file) == (0, wrong)
+
+
+@pytest.mark.parametrize(
+    ("class_axis", "shape", "axis"),
+    [(None, (2, 3, 50), 2), (1, (2, 3, 50), 1), (-2, (2, 3, 50), 1), (None, (2, 3, 5, 5), 1), (-1, (2, 5, 5, 3), 3)],
+)
+def test_predictions_are_taken_along_the_axis_of_classes(class_axis, shape, axis):
+    """A change of one class along `axis` is found, and predictions along no other axis are looked at."""
+    from bitwright.deploy.comparison import VerifyReport
+    from bitwright.deploy.predictions import compare_outputs
+
+    torch.manual_seed(0)
+    trained = torch.rand(shape)
+    low = trained.clone().transpose(axis, -1)  # a view: what follows changes each sort of prediction by itself
+    low[1, 0] = low[1, 0].roll(1, -1)
+    changed = low.transpose(axis, -1)
+    raised = trained + torch.rand([n if i != axis else 1 for i, n in enumerate(shape)])  # the order of classes is kept
+    for file, different in ((changed, 1), (raised, 0)):
+        report = VerifyReport("f", [])
+        clean = torch.ones(2, dtype=torch.bool)
+        one, other = [trained], [file]
+        compare_outputs(report, one, one, other, clean, lambda rows, t=trained: [t[rows].double()], class_axis)
+        assert report.different_file == different
+        assert report.outputs[0].class_axis == axis
+        if different and axis > 1:
+            assert f"predictions are the largest along axis {axis} of logits; class_axis= " in report.first_difference
+
+
+def test_a_signal_with_a_class_a_time_is_told_so(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 3, 1)).eval()
+    x = torch.randn(4, 2, 40)
+    model = quantized(net, "w4a4", x)
+    snap_biases(model, x)
+    export(model, tmp_path / "net.onnx", x)
+    found = verify(model, tmp_path / "net.onnx", [x], class_axis=1)
+    assert found.ok, found.first_difference
+    assert found.as_dict()["outputs"][0]["class_axis"] == 1
+    assert verify(model, tmp_path / "net.onnx", [x]).outputs[0].class_axis == 2
+    for wrong in (0, "1", True):
+        with pytest.raises(
+            BitwrightError, match=r"^verify: class_axis=.* is not accepted; use an axis behind the first"
+        ):
+            verify(model, tmp_path / "net.onnx", [x], class_axis=wrong)
 
 
 def test_outputs_that_are_no_rows_of_images_or_no_floats(tmp_path):

@@ -10,9 +10,9 @@ from torch import nn
 import bitwright as bw
 from bitwright.deploy import freeze
 from bitwright.deploy.bench import session
+from bitwright.deploy.predictions import beaten
 from bitwright.deploy.targets.executorch_form import refuse_layer
 from bitwright.deploy.targets.packed_loader import NEWER
-from bitwright.deploy.verify import beaten
 
 
 class Classifier(nn.Module):

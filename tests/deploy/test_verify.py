@@ -16,8 +16,8 @@ import bitwright as bw
 from bitwright.deploy import export, snap_biases, verify
 from bitwright.deploy.comparison import VerifyReport
 from bitwright.deploy.names import spelled_out
+from bitwright.deploy.predictions import compare_outputs
 from bitwright.deploy.probe import read
-from bitwright.deploy.verify import compare_outputs
 from bitwright.errors import BitwrightError
 
 

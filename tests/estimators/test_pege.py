@@ -23,12 +23,12 @@ def task(k):
     return (torch.sin(1.7 * k) * torch.linspace(-1, 1, k.numel(), dtype=k.dtype)).sum()
 
 
-def estimate(estimator, v, seed=3):
+def estimate(estimator, v, seed=3, factor=1.0):
     v = v.clone().requires_grad_()
     torch.manual_seed(seed)
     k = estimator(v, LO, HI)
     k.retain_grad()
-    task(k).backward()
+    (factor * task(k)).backward()
     return k.detach(), v.grad
 
 
@@ -122,6 +122,17 @@ def test_the_gradient_is_that_of_loss_plus_half_u_squared_error(form, variant, r
     outside = (v < LO) | (v > HI)
     assert bool(outside.any())
     assert bool((got[outside] == 0).all())
+
+
+@pytest.mark.parametrize("form", ["constant", "scalar", "elementwise"])
+def test_under_a_scaled_loss_only_a_constant_pull_is_lost(form):
+    """What GradScaler does: a factor on the loss, and a division of the gradients."""
+    v = values()
+    _, plain = estimate(PEGE(form, 0.375), v)
+    _, none = estimate(PEGE(form, 0.0), v)
+    _, scaled = estimate(PEGE(form, 0.375), v, factor=1024.0)
+    kept = 1 / 1024 if form == "constant" else 1.0
+    torch.testing.assert_close(scaled / 1024 - none, kept * (plain - none))
 
 
 @pytest.mark.parametrize("grid", ["lsq", "lsq+", "pact", "dorefa", "sat", "minmax", "tqt", "seq"])

@@ -13,14 +13,15 @@ sys.path[:0] = sys.argv[4:]
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from bitwright import AMED, BWRF, CAGE, CSQ, GAQAT, HGQ, KD, SAQ, AdaQAT, Allocation, Constrained, quantizers
+from bitwright import AMED, BWRF, CAGE, CSQ, GAQAT, HGQ, KD, SAQ, AdaQAT, Allocation, Constrained, EWGSDelta
+from bitwright import PEGECurriculum, quantizers
 from bitwright.costs import cost_table
 from methods.nets import data, float_net, make_step, quantized
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
 for name in sys.argv[3].split(","):
     partner = float_net()
-    model = quantized(partner, bits=4)
+    model = quantized(partner, bits=4, estimator=name if name in ("ewgs", "pege") else "clipped_ste")
     costs = cost_table(model, data()[0][:1])
     method = {
         "adaqat": lambda: AdaQAT(model, 100, every=1, warmup_steps=0, eta=2.0, lam=0.01),
@@ -30,9 +31,11 @@ for name in sys.argv[3].split(","):
         "cage": lambda: CAGE(model, 6, lam=1.0, silence=0.1),
         "constrained": lambda: Constrained(model, torch.nn.functional.cross_entropy, rate=1.0),
         "csq": lambda: CSQ(model, 6, costs, {"bitops": 0.8 * costs.bitops}, mask_lr=3.0),
+        "ewgs": lambda: EWGSDelta(model, torch.nn.functional.cross_entropy, lambda: [data(seed=50 + rank)], every=1),
         "gaqat": lambda: GAQAT(model, rho=0.2, window=2, threshold=0.6),
         "hgq": lambda: HGQ(model, 6, costs, {"bitops": 0.6 * costs.bitops}, warmup_steps=0, freeze_at=1.0),
         "kd": lambda: KD(partner),
+        "pege": lambda: PEGECurriculum(model, 8),
         "saq": lambda: SAQ(model, rho=0.2),
     }[name]()
     wrapped = DistributedDataParallel(model)
@@ -41,7 +44,11 @@ for name in sys.argv[3].split(","):
         step(*data(seed=10 * i + rank))
         if i == 2:
             step.end_epoch({})
+            if name == "ewgs":  # now: the next forward pass has DistributedDataParallel take them from the first rank
+                deltas = [q.estimator.delta.clone() for q in quantizers(model).values()]
     values = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
+    if name == "ewgs":
+        values = torch.cat([values, *deltas])
     sums = [v.hex() for v in (values.sum().item(), values.square().sum().item())]
     bits = [int(q.bits) for q in quantizers(model).values()]
     print("RESULT", name, sums, bits, step.result.loss.item())
@@ -49,7 +56,8 @@ dist.destroy_process_group()
 """
 
 
-METHODS = ["adaqat", "allocation", "amed", "bwrf", "cage", "constrained", "csq", "gaqat", "hgq", "kd", "saq"]
+METHODS = ["adaqat", "allocation", "amed", "bwrf", "cage", "constrained", "csq", "ewgs", "gaqat", "hgq", "kd", "pege"]
+METHODS += ["saq"]
 
 
 @pytest.mark.slow

@@ -1,13 +1,16 @@
 """The command line. Thin: every command is a few calls of the library, which it loads when it runs."""
 
 import os
+import platform
 import re
 import sys
 import traceback
+from importlib.metadata import version as installed
 from typing import Annotated
 
 import typer
 
+from bitwright import __version__
 from bitwright.cli import runs, training
 
 app = typer.Typer(
@@ -18,11 +21,22 @@ app = typer.Typer(
 )
 
 
+def print_version(asked: bool) -> None:
+    """Print this package's version, torch's (read off the installation: loading it takes seconds) and Python's."""
+    if asked:
+        typer.echo(f"bitwright {__version__} (torch {installed('torch')}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print versions and leave.", callback=print_version, is_eager=True),
+    ] = False,
 ) -> None:
-    """Taken by `main` before commands see it; here for the help page."""
+    """`debug` is taken by `main` before commands see it; here for the help page."""
 
 
 app.command()(training.train)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitwright.deploy.output_row import OutputRow
 from bitwright.errors import BitwrightError
 from bitwright.layers import OUTPUT
 
@@ -15,8 +16,6 @@ from bitwright.layers import OUTPUT
 FLIP_RATE = 1e-3
 # Such a disagreement is one step of the grid, never more.
 LARGEST_STEP = 1
-# Logits of images whose codes all agree differ by float32 rounding only, relative to the largest logit.
-LOGIT_RATE = 1e-4
 
 
 @dataclass
@@ -108,36 +107,6 @@ class WeightRow:
 
 
 @dataclass
-class OutputRow:
-    """One output of the network, training form against file: largest absolute difference, over clean images, and size.
-
-    name: as files call it.
-    """
-
-    name: str = "logits"
-    difference: float = 0.0
-    clean_difference: float = 0.0
-    largest: float = 0.0
-
-    def add(self, trained: Tensor, file: Tensor, clean: Tensor) -> None:
-        """Take in one batch, a row per image."""
-        distance = (trained - file).abs().reshape(len(clean), -1).amax(1)
-        self.difference = max(self.difference, float(distance.max()))
-        self.largest = max(self.largest, float(trained.abs().max()))
-        if bool(clean.any()):
-            self.clean_difference = max(self.clean_difference, float(distance[clean].max()))
-
-    def off(self) -> str | None:
-        """What is beyond tolerance, or None."""
-        if self.clean_difference <= LOGIT_RATE * self.largest:
-            return None
-        return (
-            f"output: {self.name} differ by {self.clean_difference:.3g} where all codes agree; "
-            f"the largest is {self.largest:.3g}"
-        )
-
-
-@dataclass
 class VerifyReport:
     """What `verify` found.
 
@@ -201,8 +170,13 @@ class VerifyReport:
             moved = [r.name for r in self.layers if isinstance(r, InputRow) and r.frozen.flips + r.file.flips]
             where = f"codes first differ at {moved[0]}" if moved else "all codes agree"
             count = max(self.different_frozen, self.different_file)
-            return f"output: {count} of {self.images} predictions differ; {where}"
+            return f"output: {count} of {self.images} predictions differ; {where}{self.taken_along()}"
         return next((off for row in self.outputs if (off := row.off()) is not None), self.file_difference)
+
+    def taken_along(self) -> str:
+        """A remark on what predictions are, for outputs whose shape does not tell."""
+        named = ", ".join(f"axis {row.class_axis} of {row.name}" for row in self.outputs if row.class_axis > 1)
+        return f"; predictions are the largest along {named}; class_axis= changes that" if named else ""
 
     @property
     def ok(self) -> bool:

@@ -2,7 +2,7 @@
 
 import copy
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from bitwright.batches import Inputs, deployed, each_batch, outputs_of
 from bitwright.calibrate import evaluating
-from bitwright.deploy.comparison import FLIP_RATE, InputRow, VerifyReport, WeightRow
+from bitwright.deploy.comparison import InputRow, VerifyReport, WeightRow
 from bitwright.deploy.freeze import freeze
 from bitwright.deploy.integer import IntLayer
+from bitwright.deploy.predictions import compare_outputs
 from bitwright.deploy.recorder import Recorder
 from bitwright.deploy.targets import OPEN, target_of
 from bitwright.deploy.targets.opened import Network, Opened
@@ -22,11 +23,16 @@ from bitwright.errors import BitwrightError
 from bitwright.wrappers import unwrap
 
 RUNTIMES = ("default", "native")
-# Shares of the largest output below which classes tie: in exact arithmetic, and in the maps of float32 sums.
-TIE, DENSE_TIE = 1e-12, 1e-6
 
 
-def verify(model: nn.Module, path: str | Path, batches: Iterable[Any], *, runtime: str = "default") -> VerifyReport:
+def verify(
+    model: nn.Module,
+    path: str | Path,
+    batches: Iterable[Any],
+    *,
+    runtime: str = "default",
+    class_axis: int | None = None,
+) -> VerifyReport:
     """Compare the training form, the frozen integer form and the file in its runtime at default settings.
 
     The target is read off the file. Predictions come from the file as it is. The training form runs in float32; an
@@ -37,14 +43,22 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any], *, runtim
         path: the file.
         batches: as `calibrate` takes them; all are used. A lone tensor is one batch; a dict's `labels` are left out.
         runtime: "default", the target's own (onnxruntime for `onnx`), or "native", `bitwright.runtime`, for `onnx`.
+        class_axis: along which axis of the outputs classes lie, 1 or more, or negative from the last; an output with
+            fewer axes has them along its last. None (default): along axis 1 of four axes and more (images, classes,
+            rows, columns), else along the last: (images, classes), and (sequences, tokens, classes) as language models
+            give them. Give 1 for (signals, classes, times), of which no shape tells that it is not the latter.
 
     Raises:
-        BitwrightError: `runtime` is unknown or does not run this target; the file is missing, damaged, not written by
-            `export`, or of a network with other layers; its runtime is missing; there is no batch; or the model
-            has no frozen form.
+        BitwrightError: `runtime` is unknown or does not run this target; `class_axis` is no axis; the file is missing,
+            damaged, not written by `export`, or of a network with other layers; its runtime is missing; there is no
+            batch; or the model has no frozen form.
     """
     path = Path(path)
     model = unwrap(model)
+    if class_axis is not None and (isinstance(class_axis, bool) or not isinstance(class_axis, int) or class_axis == 0):
+        raise BitwrightError(
+            f"verify: class_axis={class_axis!r} is not accepted; use an axis behind the first, 1 or -1 say"
+        )
     stream = (deployed(x).mapped(lambda t: t.detach().cpu()) for x in each_batch(batches, "verify"))
     first = next(stream, None)
     if first is None:
@@ -70,7 +84,7 @@ def verify(model: nn.Module, path: str | Path, batches: Iterable[Any], *, runtim
             clean = compare_codes(report, recorder, codes, x.rows)
             report.name_outputs(trained, len(theirs))
             outputs = ([*trained.values()], [*integers.values()], theirs)
-            compare_outputs(report, *outputs, clean, lambda rows, x=x: exact(x.by_row(lambda t: t[rows])))
+            compare_outputs(report, *outputs, clean, lambda rows, x=x: exact(x.by_row(lambda t: t[rows])), class_axis)
         report.file_difference = getattr(file, "difference", None)
     return report
 
@@ -154,73 +168,3 @@ def compare_codes(report: VerifyReport, recorder: Recorder, file: dict[str, list
         for b, c in zip(ours, file.get(row.name, ours), strict=True):
             clean_file = row.file.add(per_image(b, images), per_image(c, images), clean_file)
     return clean_frozen & clean_file
-
-
-def differing(a: Tensor, b: Tensor) -> Tensor:
-    """Which images (axis 0) have an element that differs, (images,) bool."""
-    return (a != b).reshape(a.shape[0], -1).any(1)
-
-
-def beaten(outputs: Tensor, predicted: Tensor, axis: int, clean: Tensor) -> Tensor:
-    """Which images have a prediction that is not among the largest outputs, (images,) bool.
-
-    Sums of integers tie in earnest, and then rounding, here in float64, decides which of the classes comes first. A
-    map has thousands of predictions an image: among them are ties by float32's rounding, and where codes differ, as
-    some may, one pixel in a thousand may as well, or one.
-
-    clean: images whose codes agree everywhere.
-    """
-    dense = outputs.ndim >= 4 and outputs[0, 0].numel() > 1
-    found = outputs.gather(axis, predicted.unsqueeze(axis)).squeeze(axis)
-    tie = (DENSE_TIE if dense else TIE) * outputs.abs().amax()
-    wrong = (found < outputs.amax(axis) - tie).reshape(len(found), -1)
-    allowed = torch.where(clean, 0.0, max(1.0, FLIP_RATE * wrong.shape[1])) if dense else torch.zeros(len(found))
-    return wrong.sum(1) > allowed
-
-
-def in_rows(output: Tensor, images: int) -> Tensor:
-    """`output` as floats with a row per image; one that does not keep the images apart counts for all of them."""
-    found = output if output.is_floating_point() else output.double()
-    if found.ndim > 1 and found.shape[0] == images:
-        return found
-    return found.reshape(images, -1) if found.numel() % images == 0 else found.reshape(1, -1).expand(images, -1)
-
-
-def compare_outputs(
-    report: VerifyReport,
-    trained: Sequence[Tensor],
-    frozen: Sequence[Tensor],
-    file: Sequence[Tensor],
-    clean: Tensor,
-    exact: Callable[[Tensor], Sequence[Tensor] | None],
-) -> None:
-    """Add one batch's outputs, each (images, ..., classes) or (images, classes, rows, columns), to the report.
-
-    An image counts once, however many of its outputs differ.
-
-    exact: the training form's outputs without rounding for the images of a mask.
-    """
-    images = len(clean)
-    forms = [[in_rows(t, images) for t in outputs] for outputs in (trained, frozen, file)]
-    axes = [1 if t.ndim >= 4 else -1 for t in forms[0]]  # classes of a map lie along axis 1
-    ours, integers, theirs = ([t.argmax(axis) for t, axis in zip(form, axes, strict=True)] for form in forms)
-    undecided = anywhere(differing, ours, integers) | anywhere(differing, ours, theirs)
-    if bool(undecided.any()):
-        count = int(undecided.sum())
-        found = exact(undecided)
-        outputs = [t[undecided] for t in forms[0]] if found is None else [in_rows(t, count) for t in found]
-        again = [t.argmax(axis) for t, axis in zip(outputs, axes, strict=True)]
-        ours, integers, theirs = ([t[undecided] for t in form] for form in (ours, integers, theirs))
-        report.float32_differs += int(anywhere(differing, again, ours).sum())
-        agree = [clean[undecided]] * len(outputs)
-        report.different_frozen += int(anywhere(beaten, outputs, integers, axes, agree).sum())
-        report.different_file += int(anywhere(beaten, outputs, theirs, axes, agree).sum())
-    report.images += images
-    report.clean_images += int(clean.sum())
-    for row, ours_k, theirs_k in zip(report.outputs, forms[0], forms[2], strict=True):
-        row.add(ours_k, theirs_k, clean)
-
-
-def anywhere(different: Callable[..., Tensor], *forms: Sequence[Any]) -> Tensor:
-    """Which images differ in any output, (images,) bool."""
-    return torch.stack([different(*each) for each in zip(*forms, strict=True)]).any(0)

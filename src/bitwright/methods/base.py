@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.batches import Inputs, inputs_of
 
@@ -35,6 +35,7 @@ class Method:
     sets_bits: bool = False  # whether it changes the bit-widths of quantizers; a `Step` takes one such method
     makes_weights: bool = False  # whether it computes quantized weights from parameters of its own
     moves_weights: bool = False  # whether it needs quantized weights that the optimizer trains; not beside the former
+    frozen: nn.Module | None = None  # a network that it only reads; a `Step` takes none that its optimizer trains
 
     def losses(self, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         """Further scalar losses, already weighted, by name; `outputs` are the model's for `batch`."""

@@ -38,6 +38,21 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 quantizer.refresh()
 
 
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """`model.train()` for a while, if it is in evaluation mode, as a validation may leave it; parts of a model that
+    trains stay in the mode that they have. Every module's own mode afterwards.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def forward_fast(model: nn.Module, inputs: Inputs) -> Any:
     """What `model` puts out, up to rounding, channels last where the CPU's convolutions gain by it (a third of
     ResNet-20's time).

@@ -299,7 +299,10 @@ def test_bad_values_are_refused_in_one_line(options, message):
 
 def test_a_partner_that_is_quantized_or_shares_parameters_is_refused():
     model, partner = pair()
-    with pytest.raises(BitwrightError, match="share parameters"):
-        BWRF(model, model)
+    follows = copy.deepcopy(partner)
+    follows.load_state_dict(model.state_dict(), strict=False, assign=True)  # other parameters, over the same memory
+    for shared in (model, follows):
+        with pytest.raises(BitwrightError, match="share parameters"):
+            BWRF(model, shared)
     with pytest.raises(BitwrightError, match="quantized"):
         BWRF(model, quantized(partner))

@@ -19,6 +19,7 @@ def test_delta_is_the_published_ratio_clipped_at_zero():
     assert delta_from_curvature(t(0.6), t(0.1)).item() == pytest.approx(2.0)
     assert delta_from_curvature(t(-0.6), t(0.1)).item() == 0.0
     assert delta_from_curvature(t(0.6), t(0.0)).item() == 0.0
+    assert delta_from_curvature(t(torch.inf), t(0.1)).item() == delta_from_curvature(t(torch.nan), t(0.1)).item() == 0.0
 
 
 def test_curvature_and_gradient_of_known_functions():
@@ -83,6 +84,59 @@ def test_every_quantizer_with_a_gradient_gets_a_delta_and_nothing_else_changes()
     assert quantizers(model)["conv1.input_quantizer"].estimator.delta.item() == 0.0  # the image has no gradient
 
 
+class Wide(nn.Module):
+    """Reads keywords, attends with torch's own fused function, and has a head that the loss may leave alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head, self.aux = nn.Linear(8, 24), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, tokens):
+        q, k, v = (t[:, None] for t in self.qkv(tokens).chunk(3, -1))
+        x = F.scaled_dot_product_attention(q, k, v)[:, 0].mean(1)
+        return {"out": self.head(x), "aux": self.aux(x)}
+
+
+def test_estimates_of_keywords_fused_attention_and_a_head_without_loss():
+    torch.manual_seed(0)
+    spec = QuantizerSpec(bits=3, estimator="ewgs")
+    net = prepare(Wide(), [Rule(match="*", weight=spec, input=spec)])
+    batches = [({"tokens": torch.randn(6, 5, 8)}, torch.arange(6) % 4) for _ in range(2)]
+    calibrate(net, batches)
+    method = EWGSDelta(net, lambda out, y: F.cross_entropy(out["out"], y), lambda: batches, iterations=20)
+    found = method.estimate()
+    assert found.keys() == {n for n in quantizers(net) if not n.startswith("qkv.input")}
+    assert found["head.weight_quantizer"] > 0
+    assert found["aux.weight_quantizer"] == 0
+
+
+def test_the_estimate_is_of_training_mode_and_leaves_modes_as_they_were():
+    """A loop that validates before it ends the epoch leaves the model in evaluation mode."""
+    model = quantized(float_net(), bits=3, estimator="ewgs")
+    method = EWGSDelta(model, F.cross_entropy, loader, iterations=3)
+    model.layer1.eval()
+    modes = [m.training for m in model.modules()]
+    frozen = method.estimate()
+    assert [m.training for m in model.modules()] == modes
+    model.train()
+    expected = method.estimate()
+    assert expected != frozen
+    model.eval()
+    assert method.estimate() == expected
+    assert not any(m.training for m in model.modules())
+
+
+def test_estimates_without_gradients_or_batches():
+    model = quantized(float_net(), bits=3, estimator="ewgs").requires_grad_(False)
+    assert EWGSDelta(model, F.cross_entropy, loader).estimate() == {}
+    once = iter(loader())
+    method = EWGSDelta(quantized(float_net(), estimator="ewgs"), F.cross_entropy, lambda: once, iterations=1)
+    method.estimate()
+    method.estimate()  # two of five batches are left
+    with pytest.raises(BitwrightError, match=r"^ewgs: batches\(\) gave no batch"):
+        method.estimate()
+
+
 @pytest.mark.slow
 def test_the_estimate_works_for_a_compiled_model_and_is_that_of_the_eager_one():
     model = quantized(float_net(), bits=3, estimator="ewgs")
@@ -134,6 +188,8 @@ def test_a_model_without_the_estimator_and_bad_values_are_refused():
     with pytest.raises(BitwrightError, match="no quantizer of the model uses the estimator 'ewgs'"):
         EWGSDelta(quantized(float_net()), F.cross_entropy, loader)
     model = quantized(float_net(), estimator="ewgs")
+    with pytest.raises(BitwrightError, match=r"^ewgs: batches: list is not accepted.*lambda: loader"):
+        EWGSDelta(model, F.cross_entropy, loader())
     for options in ({"every": 0}, {"batch_count": 0}, {"iterations": 0}, {"tolerance": -1.0}):
         with pytest.raises(BitwrightError, match="ewgs: every=") as caught:
             EWGSDelta(model, F.cross_entropy, loader, **options)

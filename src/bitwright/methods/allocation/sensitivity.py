@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitwright.batches import Inputs, logits_of
+from bitwright.batches import Inputs, class_axis, logits_of
 from bitwright.methods.probe import forward_fast, untouched
 from bitwright.prepare import quantizers
 from bitwright.quantizer import Quantizer
 
 
 def divergence(outputs: Tensor, reference: Tensor) -> Tensor:
-    """KL(softmax(reference) || softmax(outputs)) over the last axis, mean over the others; a scalar in nats."""
-    log_p, log_q = (F.log_softmax(t.double(), -1) for t in (outputs, reference))
-    rows = log_p.numel() // log_p.shape[-1]
+    """KL(softmax(reference) || softmax(outputs)) over classes (`class_axis`), mean over the rest; a scalar in nats."""
+    axis = class_axis(outputs)
+    log_p, log_q = (F.log_softmax(t.double(), axis) for t in (outputs, reference))
+    rows = log_p.numel() // log_p.shape[axis]
     return F.kl_div(log_p, log_q, reduction="sum", log_target=True) / rows
 
 

@@ -16,6 +16,7 @@ from bitwright.methods.bwrf.partner import Partner, check_cut
 from bitwright.methods.kd import kd_loss
 from bitwright.methods.precision import casting, guide_dtype
 from bitwright.methods.probe import unwrap
+from bitwright.methods.shared import share_memory
 from bitwright.prepare import quantizers
 
 ORDERS = ("prefix", "suffix")
@@ -131,7 +132,7 @@ class BWRF(Method):
         if fade != "none" and (total_steps is None or total_steps < 1):
             raise BitwrightError(f"bwrf: total_steps={total_steps} is not accepted; fade={fade!r} needs at least 1")
         self.model, inside = unwrap(model), unwrap(partner)
-        if {id(p) for p in self.model.parameters()} & {id(p) for p in inside.parameters()}:
+        if share_memory(self.model.parameters(), inside.parameters()):
             raise BitwrightError("bwrf: model and partner share parameters; give a partner of its own (a deep copy)")
         if quantizers(inside):
             raise BitwrightError("bwrf: the partner is quantized; give the float network")

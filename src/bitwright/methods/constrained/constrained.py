@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bitwright.batches import logits_of
+from bitwright.batches import class_axis, logits_of
 from bitwright.constraints import Constraint
 from bitwright.errors import BitwrightError
 from bitwright.grids.base import as_float
@@ -22,8 +22,9 @@ SLACK_AT = {1: 0.9, 2: 0.7, 3: 0.3, 4: 0.1}  # of the outputs, by the fewest bit
 
 
 def soft_cross_entropy(low: Tensor, full: Tensor) -> Tensor:
-    """-sum softmax(full) log softmax(low) over the last axis, mean over the others; gradient to both."""
-    return -(F.softmax(as_float(full), -1) * F.log_softmax(as_float(low), -1)).sum(-1).mean()
+    """-sum softmax(full) log softmax(low) over the classes (`class_axis`), mean over the rest; gradient to both."""
+    axis = class_axis(full)
+    return -(F.softmax(as_float(full), axis) * F.log_softmax(as_float(low), axis)).sum(axis).mean()
 
 
 class Constrained(Method):

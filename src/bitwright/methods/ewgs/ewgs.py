@@ -1,28 +1,36 @@
 """EWGS's scaling factor from the curvature of the loss."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
+from bitwright.batches import device_of
 from bitwright.errors import BitwrightError
 from bitwright.estimators import EWGS
 from bitwright.kernels import reference_only
 from bitwright.kernels.reference import along
-from bitwright.methods.base import Method
-from bitwright.methods.probe import untouched, unwrap
+from bitwright.methods.base import Batch, Method
+from bitwright.methods.probe import training, untouched, unwrap
+from bitwright.methods.ranks import mean_over_ranks
 from bitwright.prepare import quantizers
 from bitwright.quantizer import Quantizer
 
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+Batches = Callable[[], Iterable[tuple[Any, Any]]]
 
 
 def delta_from_curvature(mean_curvature: Tensor, gradient_std: Tensor) -> Tensor:
-    """clip((Tr(H) / N) / (3 std(g)), 0, inf) (EWGS, section 3.3); 0 where the gradient vanishes. Scalars."""
+    """clip((Tr(H) / N) / (3 std(g)), 0, inf) (EWGS, section 3.3); 0 where the gradient vanishes or the curvature is
+    not finite, as that of a root at 0 is. Scalars.
+    """
     ratio = mean_curvature / (3.0 * gradient_std)
-    return torch.where(gradient_std > 0, ratio, torch.zeros_like(ratio)).clamp(min=0.0)
+    return torch.where((gradient_std > 0) & ratio.isfinite(), ratio, torch.zeros_like(ratio)).clamp(min=0.0)
 
 
 def mean_curvatures(
@@ -39,7 +47,7 @@ def mean_curvatures(
     have expectation zero in v_t' (H v)_t.
 
     Args:
-        loss: scalar with a graph that can be differentiated twice.
+        loss: scalar with a graph that can be differentiated twice; tensors without a part in it have curvature 0.
         tensors: quantized tensors in that graph. widths: largest minus smallest value of each one's grid,
             broadcastable to it; curvature and gradient are those of the tensor normalised to [0, 1].
         iterations, tolerance: stop after so many vectors, or when no running mean moves by more than `tolerance`
@@ -48,13 +56,17 @@ def mean_curvatures(
     Returns:
         Two lists of scalars.
     """
-    gradients = torch.autograd.grad(loss, tensors, create_graph=True)
+    if not tensors:
+        return [], []
+    gradients = torch.autograd.grad(loss, tensors, create_graph=True, materialize_grads=True)
     spread = [(g * w).detach().std() for g, w in zip(gradients, widths, strict=True)]
     means = [torch.zeros_like(s) for s in spread]
-    for count in range(1, iterations + 1):
+    curved = [i for i, g in enumerate(gradients) if g.requires_grad]  # the others' are constant, or 0
+    for count in range(1, iterations + 1) if curved else ():
         signs = [rademacher(t, generator) for t in tensors]
+        outputs, vectors = [gradients[i] for i in curved], [signs[i] for i in curved]
         products = torch.autograd.grad(
-            gradients, tensors, signs, retain_graph=count < iterations, materialize_grads=True
+            outputs, tensors, vectors, retain_graph=count < iterations, materialize_grads=True
         )
         moved = False
         for i, (v, hv, width) in enumerate(zip(signs, products, widths, strict=True)):
@@ -80,16 +92,19 @@ class EWGSDelta(Method):
 
     Args:
         model: prepared with the estimator "ewgs". loss_fn: the task loss.
-        batches: called at each estimate; gives an iterable of (x, y).
+        batches: called at each estimate; gives an iterable of (x, y), as `Step` takes them: `lambda: loader`.
         every: epochs between estimates. Default 10 (the paper on CIFAR; 1 on ImageNet).
         batch_count: batches over which an estimate averages curvature and std. Default 3 (the authors' code).
         iterations, tolerance: of Hutchinson's estimator. Defaults 50, 1e-3, as in the authors' code.
         seed: of the random vectors.
 
-    Until the first estimate delta is 0, so the estimator is straight-through. Metric: `ewgs/delta`, the mean.
+    Until the first estimate delta is 0, so the estimator is straight-through: epochs must be ended, by
+    `Step.end_epoch`, or `after_epoch({})` in a loop of your own. Metric: `ewgs/delta`, the mean. Distributed ranks
+    average over their batches.
 
     Raises:
-        BitwrightError: a value is not accepted, or no quantizer uses the ewgs estimator.
+        BitwrightError: a value is not accepted, no quantizer uses the ewgs estimator, or (at an estimate) there is no
+            batch.
     """
 
     name = "ewgs"
@@ -109,6 +124,11 @@ class EWGSDelta(Method):
             raise BitwrightError(
                 f"ewgs: every={every}, batch_count={batch_count}, iterations={iterations}, tolerance={tolerance} is "
                 "not accepted; use whole numbers >= 1 and a tolerance >= 0"
+            )
+        if not callable(batches):
+            raise BitwrightError(
+                f"ewgs: batches: {type(batches).__name__} is not accepted; every estimate calls it for fresh batches, "
+                "so give a function: lambda: loader"
             )
         model = unwrap(model)
         self.found = {n: q for n, q in quantizers(model).items() if isinstance(q.estimator, EWGS)}
@@ -132,21 +152,29 @@ class EWGSDelta(Method):
         return estimator.delta
 
     def estimate(self) -> dict[str, float]:
-        """delta of every quantizer that the loss depends on, from fresh batches; changes nothing."""
-        generator = torch.Generator().manual_seed(self.seed + self.epochs)
-        totals: dict[str, tuple[Tensor, Tensor]] = {}
-        device = next(self.model.parameters()).device
-        # Compiled code has no second derivatives, nor have the fused kernels.
-        with untouched(self.model), reference_only(), torch.compiler.set_stance("force_eager"), torch.enable_grad():
-            for index, (x, y) in enumerate(self.batches()):
-                if index == self.batch_count:
-                    break
-                for name, (curvature, spread) in self._of_batch(x.to(device), y.to(device), generator).items():
-                    before = totals.get(name, (0.0, 0.0))
-                    totals[name] = (before[0] + curvature, before[1] + spread)
-        return {name: delta_from_curvature(*both).item() for name, both in totals.items()}
+        """delta of every quantizer that has a gradient, from fresh batches; changes nothing.
 
-    def _of_batch(self, x: Tensor, y: Tensor, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
+        Raises:
+            BitwrightError: there is no batch.
+        """
+        generator = torch.Generator().manual_seed(self.seed + self.epochs)
+        device = device_of(self.model)
+        totals = torch.zeros(len(self.found), 2, device=device)  # curvature, spread
+        place = {name: i for i, name in enumerate(self.found)}
+        seen: set[str] = set()
+        with training(self.model), untouched(self.model), twice_differentiable():
+            taken = list(islice(self.batches(), self.batch_count))
+            for x, y in taken:
+                y = tree_map_only(Tensor, lambda t: t.to(device), y)
+                for name, both in self._of_batch(Batch(x, y), generator).items():
+                    totals[place[name]] += torch.stack(both).to(totals)
+                    seen.add(name)
+        if not taken:
+            raise BitwrightError("ewgs: batches() gave no batch; it is called at every estimate, give a fresh iterable")
+        totals = mean_over_ranks(totals)
+        return {name: delta_from_curvature(*totals[i]).item() for name, i in place.items() if name in seen}
+
+    def _of_batch(self, batch: Batch, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
         def record(name: str, quantizer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -155,7 +183,7 @@ class EWGSDelta(Method):
 
         hooks = [q.register_forward_hook(partial(record, n)) for n, q in self.found.items()]
         try:
-            loss = self.loss_fn(self.model(x), y)
+            loss = self.loss_fn(batch.inputs.run(self.model), batch.y)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -175,6 +203,13 @@ class EWGSDelta(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epochs = int(state["epochs"])
         self._set(state["delta"])
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Gradients have gradients, which compiled code, the fused kernels and fused attention do not give."""
+    with reference_only(), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        yield
 
 
 @torch.no_grad()
