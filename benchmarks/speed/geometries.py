@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from bitwright.kernels.codes import PendingCodes
 from bitwright.kernels.integer import Operands, integer_convolution, trusts
 
-CHANNELS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32, 33, 48, 64, 96, 100, 256)
-SIZES = (7, 8, 14, 28, 56)
+CHANNELS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32, 33, 48, 64, 96, 100, 256, 512, 1024)
+SIZES = (7, 8, 14, 28, 56, 112)
 
 
 def draw(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...]]:
