@@ -1,5 +1,7 @@
 """Quantized tensors as bytes: the integers of the float values, to the last bit, and none where they do not fit."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,6 +131,18 @@ def test_nobody_asked(make):
         assert held(quantizer(x)) is None
     with asking(torch.uint8, 128.0):
         assert held(quantizer(x)) is not None
+
+
+def test_each_thread_asks_for_itself(make):
+    x, found = torch.randn(4, 6, 5, 5), []
+    quantizer = make("lsq", 4, x)
+    with asking(torch.uint8, 128.0):
+        other = threading.Thread(target=lambda: found.append(held(quantizer(x))))
+        other.start()
+        other.join()
+        found.append(held(quantizer(x)))
+    assert found[0] is None
+    assert found[1] is not None
 
 
 def test_who_has_seen_the_values_may_have_changed_them(make):

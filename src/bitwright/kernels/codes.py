@@ -4,6 +4,7 @@ A reader asks (`asking`); what it quantizes then is a `Deferred` that has an int
 `bitwright.kernels.integer` multiplies these; anybody else who looks gets float values.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -17,7 +18,14 @@ from bitwright.kernels.reference import EPS
 # What a type holds exactly.
 RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127), torch.bfloat16: (-256, 256)}
 
-_wanted: tuple[torch.dtype, float] | None = None
+
+class Asked(threading.local):
+    """What the readers of a thread ask for: a type and an offset."""
+
+    wanted: tuple[torch.dtype, float] | None = None
+
+
+ASKED = Asked()
 
 
 class Form(NamedTuple):
@@ -70,12 +78,11 @@ def asking(dtype: torch.dtype | None, offset: float = 0.0) -> Iterator[None]:
 
     offset: what may be added to signed codes; 0: they have to fit by themselves.
     """
-    global _wanted
-    before, _wanted = _wanted, None if dtype is None else (dtype, offset)
+    before, ASKED.wanted = ASKED.wanted, None if dtype is None else (dtype, offset)
     try:
         yield
     finally:
-        _wanted = before
+        ASKED.wanted = before
 
 
 def no_poison() -> Tensor:
@@ -98,9 +105,9 @@ def form_of(lo: Tensor, hi: Tensor, zero: Tensor | float, rate: Tensor | None) -
 
     lo, hi: smallest and largest code, (1,). zero: the code of the value 0. rate: the share of quantized elements.
     """
-    if _wanted is None or (rate is not None and rate.item() < 1.0):
+    if ASKED.wanted is None or (rate is not None and rate.item() < 1.0):
         return None
-    dtype, offset = _wanted
+    dtype, offset = ASKED.wanted
     zero = as_number(zero)
     times = times_of(zero)
     low, high = (lo.item() - zero) * times, (hi.item() - zero) * times
