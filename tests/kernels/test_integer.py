@@ -25,6 +25,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch):
     monkeypatch.setattr(integer, "SMALLEST", 0)
+    monkeypatch.setattr(integer, "FEWEST", 0)
     monkeypatch.setattr(integer, "DENSEST", 0)
 
 
@@ -301,6 +302,10 @@ def test_small_layers_stay_float(monkeypatch):
     assert not on_integers(prepared(nn.Conv2d(3, 4, 3), x)(x))
     x = torch.rand(16, 32, 16, 16)
     assert on_integers(prepared(nn.Conv2d(32, 32, 3), x)(x))
-    x = torch.rand(16, 96, 16, 16)
+    x = torch.rand(64, 96, 16, 16)
     assert not on_integers(prepared(nn.Conv2d(96, 24, 1), x)(x))  # contiguous, and few multiplications an element
     assert on_integers(prepared(nn.Conv2d(96, 24, 1), x)(x.contiguous(memory_format=torch.channels_last)))
+    x = torch.rand(300, 512)
+    assert not on_integers(prepared(nn.Linear(512, 512), x)(x))  # few rows, and weights to pack
+    x = torch.rand(600, 512)
+    assert on_integers(prepared(nn.Linear(512, 512), x)(x))

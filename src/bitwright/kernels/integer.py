@@ -22,7 +22,8 @@ from bitwright.kernels.layout import channels_first, channels_last
 from bitwright.kernels.sources import integers, keep_sources, noted
 from bitwright.kernels.twice import runs_twice
 
-SMALLEST = 1 << 20  # multiplications; below, packing the weight takes longer than is saved
+SMALLEST = 1 << 25  # multiplications; below, what comes before and behind them takes longer than is saved
+FEWEST = 400  # multiplications with each weight; below, packing the weights does
 # Multiplications an element read or written, below which contiguous tensors, which oneDNN wants channels last, are
 # turned round for longer than is saved.
 DENSEST = 20
@@ -58,7 +59,7 @@ def multiplies_bytes() -> bool:
 def may_multiply(x: Tensor, weight: Tensor, multiplications: int) -> bool:
     """Whether a layer in training may quantize these to bytes."""
     return (
-        multiplications >= SMALLEST
+        multiplications >= max(SMALLEST, FEWEST * weight.numel())
         and _float_depth == 0
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
