@@ -1,6 +1,7 @@
 """`Step`: the loop one would write by hand, with the methods' hooks in their places; distillation."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -24,6 +25,13 @@ def data(n):
         (torch.randn(5, 4, dtype=torch.float64, generator=generator), torch.randint(0, 3, (5,), generator=generator))
         for _ in range(n)
     ]
+
+
+def accelerated(batches):
+    """An optimizer that carries what accelerate's does."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.1)
+    optimizer.gradient_state = types.SimpleNamespace(num_steps=batches)
+    return optimizer
 
 
 def same(a, b):
@@ -386,6 +394,7 @@ def test_a_run_resumed_without_its_methods_is_mentioned(caplog):
         ({"methods": [Recorder]}, "step: methods=.*use a list of bitwright.Method"),
         ({"optimizer": F.mse_loss}, "step: optimizer: function"),
         ({"optimizer": torch.optim.LBFGS([torch.zeros(1)])}, "step: LBFGS wants a closure"),
+        ({"optimizer": accelerated(4)}, "step: accelerate's optimizer accumulates 4 batches by itself"),
     ],
 )
 def test_arguments_that_would_fail_later_or_train_wrongly(given, message):

@@ -44,6 +44,12 @@ def check_arguments(optimizer: Any, methods: Any, amp_dtype: Any, clip_norm: flo
         raise BitwrightError(
             f"step: {type(optimizer).__name__} wants a closure that runs the model again; use it in a loop of your own"
         )
+    batches = getattr(getattr(optimizer, "gradient_state", None), "num_steps", 1)
+    if batches > 1:  # it skips steps, and a Step's losses and methods would know nothing of that
+        raise BitwrightError(
+            f"step: accelerate's optimizer accumulates {batches} batches by itself; use "
+            f"Accelerator(gradient_accumulation_steps=1) and Step(accumulate={batches})"
+        )
     if not isinstance(methods, list | tuple) or not all(isinstance(m, Method) for m in methods):
         raise BitwrightError(f"step: methods={methods!r} is not accepted; use a list of bitwright.Method objects")
     if amp_dtype is not None and not isinstance(amp_dtype, torch.dtype):
