@@ -76,6 +76,16 @@ class GeluSource(NamedTuple):
 AnySource = Source | NormSource | GeluSource
 
 
+def versions(source: Any) -> list[int]:
+    """Others after somebody wrote to a tensor of `source`.
+
+    Autograd does not watch these where none of them has a gradient: an image, a scale that is not learned.
+    """
+    if isinstance(source, Tensor):
+        return [0 if source.is_inference() else source._version]
+    return [v for part in source for v in versions(part)] if isinstance(source, tuple) else []
+
+
 def remember(y: Tensor, source: AnySource) -> Tensor:
     """Note on `y` what it was made from. What is computed from `y` has no note; writing to `y` makes the note void.
 
@@ -127,9 +137,16 @@ def keep_sources(
     def pack(t: Tensor) -> Any:
         numel, dtype, source = sources.get(place(t), (0, None, None))
         # Products keep views of their operands: flattened, transposed.
-        return t if source is None or (t.numel(), t.dtype) != (numel, dtype) else (source, t.shape, t.stride())
+        if source is None or (t.numel(), t.dtype) != (numel, dtype):
+            return t
+        return source, versions(source), t.shape, t.stride()
 
     def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else give(kept[0]).as_strided(*kept[1:])
+        if isinstance(kept, Tensor):
+            return kept
+        source, seen, shape, stride = kept
+        if versions(source) != seen:
+            raise RuntimeError("what the gradient is computed from was changed in place after the forward pass")
+        return give(source).as_strided(shape, stride)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
