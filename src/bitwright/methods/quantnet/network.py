@@ -24,10 +24,10 @@ class MetaNetwork:
     """
 
     def __init__(self, width: int, device: torch.device):
-        ends = torch.tensor([0.5, STEEPEST]).log().tolist()
+        low, high = torch.tensor([0.5, STEEPEST]).log().tolist()
         self.log_a = torch.zeros(1, device=device).requires_grad_()
         self.log_v = torch.full((width,), 1.0 / width, device=device).log().requires_grad_()
-        self.log_c = torch.linspace(*ends, width, device=device).requires_grad_()
+        self.log_c = torch.linspace(low, high, width, device=device).requires_grad_()
 
     def __call__(self, u: Tensor) -> Tensor:
         """phi(u), the shape and dtype of `u`."""
