@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         EWGSDelta,
         Method,
         PEGECurriculum,
+        QuantNet,
     )
     from bitwright.prepare import describe, prepare, quant_layers, quantizers, split_parameters
     from bitwright.quantizer import Quantizer
@@ -62,6 +63,7 @@ __all__ = [
     "EWGSDelta",
     "Method",
     "PEGECurriculum",
+    "QuantNet",
     "Quantizer",
     "QuantizerSpec",
     "Rule",

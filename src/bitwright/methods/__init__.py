@@ -13,6 +13,7 @@ from bitwright.methods.gaqat import GAQAT
 from bitwright.methods.hgq import HGQ
 from bitwright.methods.kd import KD
 from bitwright.methods.pege import PEGECurriculum
+from bitwright.methods.quantnet import QuantNet
 from bitwright.methods.saq import SAQ
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "EWGSDelta",
     "Method",
     "PEGECurriculum",
+    "QuantNet",
 ]

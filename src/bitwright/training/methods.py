@@ -22,6 +22,7 @@ from bitwright.methods import (
     EWGSDelta,
     Method,
     PEGECurriculum,
+    QuantNet,
 )
 from bitwright.training.data import Dataset
 from bitwright.training.lookup import check_types, close_matches
@@ -105,6 +106,10 @@ def _csq(options: dict[str, Any], context: MethodContext) -> Method:
     return CSQ(context.model, context.steps, context.cost_table(), **options)
 
 
+def _quantnet(options: dict[str, Any], context: MethodContext) -> Method:
+    return QuantNet(context.model, context.steps, **options)
+
+
 def _costed(options: dict[str, Any], context: MethodContext) -> tuple[Any, dict[str, Any]]:
     """(the table of costs, with the latencies of the file that the options name, if any; the other options)."""
     latencies = options.get("latencies")
@@ -155,6 +160,7 @@ METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
     "adaqat": _adaqat,
     "hgq": _hgq,
     "csq": _csq,
+    "quantnet": _quantnet,
     "allocation": _allocation,
     "ewgs": _ewgs,
     "cage": _cage,
@@ -173,6 +179,7 @@ MADE: dict[str, type[Method]] = {
     "adaqat": AdaQAT,
     "hgq": HGQ,
     "csq": CSQ,
+    "quantnet": QuantNet,
     "allocation": Allocation,
     "ewgs": EWGSDelta,
     "cage": CAGE,
