@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from saved import kept_bytes
 from torch import nn
 
 import bitwright as bw
 from bitwright import kernels
 from bitwright.kernels.deferred import Deferred
 from bitwright.layers import QuantGELU
+from saved import kept_bytes
 
 pytestmark = pytest.mark.skipif(not kernels.fused_available(), reason="no C compiler on this machine")
 

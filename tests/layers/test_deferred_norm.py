@@ -7,7 +7,6 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from saved import kept_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +14,7 @@ import bitwright as bw
 from bitwright import kernels
 from bitwright.kernels.deferred import Deferred
 from bitwright.layers.waiting import QuantBatchNorm2d
+from saved import kept_bytes
 
 pytestmark = pytest.mark.skipif(not kernels.fused_available(), reason="no C compiler on this machine")
 
