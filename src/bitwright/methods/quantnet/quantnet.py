@@ -36,8 +36,8 @@ class QuantNet(Method):
         lam: strength of the penalty, lam * mean (1 - |phi|)^2 over all 1-bit weights. Default 1.
         schedule: "ramp": from 0 to `lam` at `harden_at`, linearly (default); "constant".
         lr: Adam's rate for phi. Default 0.01.
-        harden_at: fraction of training from which the plain quantizer trains. Default 0.3, the best of five on the digits
-            (`benchmarks/accuracy/README.md`); 0 is plain training.
+        harden_at: fraction of training from which the plain quantizer trains. Default 0.3, the best of five on the
+            digits (`benchmarks/accuracy/README.md`); 0 is plain training.
 
     Loss: `quantnet`. Metric after an epoch: `quantnet/distance`, the mean of 1 - |phi|.
 
