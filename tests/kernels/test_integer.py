@@ -88,7 +88,7 @@ def test_convolutions(seed, channels, size, kernel, stride, padding, bias, bits,
         wanted, wanted_grads = results(model, x)
     assert on_integers(y) == integer.trusts(x, kernel, stride, padding, (1, 1))
     assert not on_integers(wanted)
-    for layout in (torch.contiguous_format, torch.channels_last) if channels[0] > 1 else ():  # with one, both are true
+    for layout in (torch.contiguous_format, torch.channels_last):
         assert y.is_contiguous(memory_format=layout) == wanted.is_contiguous(memory_format=layout)
     if not on_integers(y):
         return

@@ -117,9 +117,9 @@ AS_FLOAT = (1.0, 0, torch.float32, "none", [], "")
 
 
 def lies_last(x: Tensor) -> bool:
-    """Whether `x`, (N, C, H, W), is channels last by its strides; with one channel or pixel these alone tell."""
-    strides = x.stride(1), x.stride(3)
-    return strides == (1, x.shape[1]) and x.is_contiguous(memory_format=torch.channels_last)
+    """Whether torch takes `x`, (N, C, H, W), for channels last: by its strides, and not where these say both."""
+    strides, both = (x.stride(1), x.stride(3)), x.shape[1:].numel() == 1
+    return strides == (1, x.shape[1]) and not both and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def gives_channels_last(x: Tensor, weight: Tensor) -> bool:
