@@ -16,7 +16,7 @@ from bitwright.kernels.deferred import Deferred, Pending
 from bitwright.kernels.reference import EPS
 
 # What a type holds exactly.
-RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127), torch.bfloat16: (-256, 256)}
+RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 
 
 class Asked(threading.local):

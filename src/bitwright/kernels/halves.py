@@ -1,4 +1,4 @@
-"""Float32 matrices times small integers, on processors that multiply bfloat16 (AMX, AVX-512).
+"""Float32 matrices times small integers, on processors that multiply bfloat16 matrices (AMX).
 
 bfloat16 holds integers up to 256 as they are, so that only the float matrix has to be split, into two of these:
 products are exact but for 2^-17 of the float number (float32 multiplication: 2^-24), and sums are float32's. By MKL's

@@ -23,7 +23,7 @@ from bitwright.kernels.sources import integers, keep_sources, noted
 from bitwright.kernels.twice import runs_twice
 
 SMALLEST = 1 << 25  # multiplications; below, what comes before and behind them takes longer than is saved
-FEWEST = 400  # multiplications with each weight; below, packing the weights does
+FEWEST = 300  # multiplications with each weight; below, packing the weights does
 # Multiplications an element read or written, below which contiguous tensors, which oneDNN wants channels last, are
 # turned round for longer than is saved.
 DENSEST = 20

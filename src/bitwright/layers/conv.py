@@ -22,6 +22,10 @@ class QuantConv(QuantLayer):
 
     weight: Tensor
     bias: Tensor | None
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
     _conv_forward: Any
 
     def forward(self, input: Tensor) -> Tensor:
@@ -32,7 +36,7 @@ class QuantConv(QuantLayer):
         if self.training and self.may_multiply(input):
             x, w = quantize_to_bytes(self.input_quantizer, input, self.weight_quantizer, self.weight)
             if held(x) and held(w):
-                return self.multiplied(x, w)
+                return integer.convolution(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
             with keep_sources(x, w):
                 return convolve(x, w, self.bias)
         x = apply(self.input_quantizer, input)
@@ -45,12 +49,8 @@ class QuantConv(QuantLayer):
             return convolve(x, w, self.bias)
 
     def may_multiply(self, input: Tensor) -> bool:
-        """Whether `multiplied` is worth a try."""
+        """Whether it is worth a try to multiply integers (`bitwright.kernels.integer`)."""
         return False
-
-    def multiplied(self, x: Tensor, w: Tensor) -> Tensor:
-        """The convolution of tensors that hold integers (`bitwright.kernels.integer`)."""
-        raise NotImplementedError
 
     def sums(self, x: Tensor, convolve: Convolve) -> Sums | None:
         """The exact sums of the convolution of `x`, quantized already; None where it is not one of integers."""
@@ -91,9 +91,6 @@ class QuantConv2d(QuantConv, nn.Conv2d):
         if not last and work < integer.DENSEST * (input.numel() + pixels * self.out_channels):
             return False
         return integer.may_multiply(input, self.weight, work)
-
-    def multiplied(self, x: Tensor, w: Tensor) -> Tensor:
-        return integer.convolution(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class QuantConv3d(QuantConv, nn.Conv3d):
