@@ -105,7 +105,7 @@ def fake_quantize(
     tensors = (x, scale, zeros, lo, hi, rule.strength, rule.rate, seed)
     if compiled:
         numbers = (constant, axis, count, rule.name, rule.replaced_only)
-        return torch.ops.bitwright.traced_fake_quantize.default(*tensors, *numbers)
+        return traced.traced_fake_quantize(*tensors, *numbers)
     numbers = (constant, axis, count, fused.RULES[rule.name], rule.replaced_only)
     fits = (zeros is None or zeros.numel() == 1) and (axis == 0 or scale.numel() == 1)
     fits = fits and not torch._C._len_torch_dispatch_stack()

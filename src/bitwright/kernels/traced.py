@@ -4,21 +4,35 @@ Autograd's derivation of the reference divides five times per element, and keeps
 that compiled code writes once and reads three times. Written out there is one division, and no such tensor.
 """
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitwright.kernels import reference
 from bitwright.kernels.reference import EPS, along, random_mask
 
 # DSQ's slope is a long formula of constants, which the reference has in double precision.
 RULES = ("clipped_ste", "ste", "ewgs", "scalar", "constant")
 
+
+def operator_name(*sources: bytes) -> str:
+    """The name of an operator that these sources describe.
+
+    torch's cache of compiled gradients on disk knows operators by their names alone: with a name that does not change
+    with what is computed, an upgrade would train with the gradients of before.
+    """
+    return f"traced_fake_quantize_{hashlib.sha256(b''.join(sources)).hexdigest()[:12]}"
+
+
 # An operator made of others, for compilers' first pass: reading the Function itself they instantiate its class, which
 # torch deprecates with a warning. AOTAutograd looks inside both.
+NAME = operator_name(Path(__file__).read_bytes(), Path(reference.__file__).read_bytes())
 LIBRARY = torch.library.Library("bitwright", "FRAGMENT")
 LIBRARY.define(
-    "traced_fake_quantize(Tensor x, Tensor scale, Tensor? zeros, Tensor lo, Tensor hi, Tensor? strength, Tensor? rate, "
+    f"{NAME}(Tensor x, Tensor scale, Tensor? zeros, Tensor lo, Tensor hi, Tensor? strength, Tensor? rate, "
     "Tensor? seed, float zero, int axis, int count, str rule, bool replaced_only) -> Tensor"
 )
 
@@ -34,13 +48,20 @@ def codes(
     return s, z, v, v.clamp(lo, hi)
 
 
+def of_images(t: Tensor, axis: int) -> bool:
+    """Whether channels lie in front of rows and columns, as in what convolutions over two axes read."""
+    return t.ndim == 4 and axis % 4 == 1
+
+
 def per_scale(t: Tensor, like: Tensor, axis: int) -> Tensor:
     """`t` summed over the elements that share a scale; the shape of `like`, (1,) or (channels,).
 
-    One scale: first by channels, as the sums of a norm's gradient are, so that compilers make both in one pass.
+    One scale: in the order in which compilers sum what they fuse with it, so that both are one pass: images by channels
+    first, as the sums of a norm's gradient are; all else at once, as gradients of tokens are one loop over elements.
     """
-    channels = axis % t.ndim if like.numel() > 1 else 1 if t.ndim == 4 else t.ndim - 1
-    summed = t.sum([d for d in range(t.ndim) if d != channels]) if t.ndim > 1 else t
+    if like.numel() == 1 and not of_images(t, axis):
+        return t.sum().reshape(1)
+    summed = t.sum([d for d in range(t.ndim) if d != axis % t.ndim]) if t.ndim > 1 else t
     return summed if like.numel() > 1 else summed.sum().reshape(1)
 
 
@@ -97,12 +118,15 @@ class Traced(torch.autograd.Function):
         inside = v == c
         gv = torch.where(inside, gk, 0.0)
         dx = (g if rule == "ste" else gv).to(x.dtype)
-        # The part of the clipped values is left out rather than multiplied by a zero gradient, which NaN would survive.
-        ds = per_scale(g * (k - z) - torch.where(inside, gk * (c - z), 0.0), scale, axis)
+        # The same number twice. What has two readers is kept: bools are least memory, but on CPUs converted one by one,
+        # which costs images less than keeping `gv` would, and tokens half of their gradient's time.
+        clipped = torch.where(inside, gk * (c - z), 0.0) if of_images(x, axis) else gv * (c - z)
+        ds = per_scale(g * (k - z) - clipped, scale, axis)
         if count:
             ds = ds * scale.sign() * (count * hi).rsqrt()
         dz = None if zeros is None else per_scale((gv - g) * s, zeros, axis)
         return (dx, ds, dz, *[None] * 10)
 
 
-LIBRARY.impl("traced_fake_quantize", lambda *arguments: Traced.apply(*arguments), "CompositeImplicitAutograd")
+LIBRARY.impl(NAME, lambda *arguments: Traced.apply(*arguments), "CompositeImplicitAutograd")
+traced_fake_quantize = getattr(torch.ops.bitwright, NAME).default
