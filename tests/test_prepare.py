@@ -190,3 +190,19 @@ def test_lazy_layers_are_asked_for_their_shapes():
 def test_a_model_without_layers_says_so():
     with pytest.raises(bw.BitwrightError, match="this Sequential has no layer that can be quantized"):
         bw.prepare(nn.Sequential(nn.ReLU()), bw.rules("w4a4"))
+
+
+def test_a_model_prepared_in_inference_mode_is_calibrated_and_trained_as_any():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    expected, made = copy.deepcopy(net), copy.deepcopy(net)
+    example = torch.randn(2, 3, 8, 8)
+    bw.prepare(expected, bw.rules("w4a4") + bw.topology(expected, example))
+    with torch.inference_mode():
+        bw.prepare(made, bw.rules("w4a4") + bw.topology(made, example.clone()))
+    gradients = []
+    for model in (expected, made):
+        bw.calibrate(model, [example])
+        model(example).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)

@@ -101,7 +101,8 @@ def trace(model: nn.Module, example: Any) -> Flow:
     """
     flow = Flow()
     inputs = example_of(example, "topology").by_row(lambda t: t[:1])
-    inputs = inputs.mapped(lambda t: t.to(device_of(model)).clone())
+    with torch.inference_mode(False):  # whose tensors do not say whether they were written to
+        inputs = inputs.mapped(lambda t: t.to(device_of(model)).clone())
     for x in inputs.tensors:
         flow.add(x, Value("input", "", ()))
     hooks: list[Any] = []
@@ -109,7 +110,7 @@ def trace(model: nn.Module, example: Any) -> Flow:
         hooks.append(module.register_forward_pre_hook(lambda *_, n=name: flow.enter(n)))
         hooks.append(module.register_forward_hook(lambda _m, _a, out, n=name: flow.leave(n, out)))
     try:
-        with evaluating(model), torch.no_grad(), flow:
+        with evaluating(model), torch.inference_mode(False), torch.no_grad(), flow:
             out = model(*inputs.args, **inputs.kwargs)
     finally:
         for hook in hooks:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -36,6 +37,7 @@ from bitwright.wrappers import unwrap
 logger = logging.getLogger("bitwright")
 
 
+@torch.inference_mode(False)  # tensors made in that mode could not be calibrated or trained
 def prepare(model: nn.Module, rules: Sequence[Rule]) -> nn.Module:
     """Swap layers for quantized ones in place, as `rules` say; returns the same `model`.
 

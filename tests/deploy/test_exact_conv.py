@@ -240,3 +240,41 @@ def test_file_holds_weights_at_their_own_width(tmp_path):
     assert report.packed_bytes == 32 * 64 * 9 // 4
     tensors = onnx.load(report.path).graph.initializer
     assert all(t.data_type != onnx.TensorProto.FLOAT or np.prod(t.dims) < 100 for t in tensors)
+
+
+class Followed(nn.Module):
+    """A convolution, something that a runtime takes into it, and a quantizer: (N, 3, 8, 8) to (N, 6)."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
+        self.norm, self.gain = nn.BatchNorm2d(6), nn.Parameter(torch.rand(6, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.kind == "norm":
+            x = self.norm(x)
+        elif self.kind == "scale":
+            x = x * self.gain
+        elif self.kind == "shift":
+            x = x + self.gain
+        elif self.kind == "number":
+            x = torch.relu(x * 1.7)
+        x = self.second(x)
+        return (self.norm(x) if self.kind == "norm" else x).mean((2, 3))  # twice, so it is not folded
+
+
+@pytest.mark.parametrize("kind", ["norm", "scale", "shift", "number"])
+def test_a_runtime_does_not_round_weights_anew_where_constants_stand_before_a_quantizer(kind, tmp_path):
+    """onnxruntime makes one convolution of both, with weights that were float and are then 8 bits of its own."""
+    torch.manual_seed(0)
+    model, x = Followed(kind), torch.randn(64, 3, 8, 8)
+    settle(model, 16, 3, 8, 8)
+    bw.prepare(model.eval(), bw.rules("w4a4"))
+    bw.calibrate(model, [x]).eval()
+    snap_biases(model, x[:2])
+    export(model, tmp_path / "net.onnx", x[:2])
+    report = verify(model, tmp_path / "net.onnx", [x])
+    assert report.ok, report.first_difference
+    assert all(r["different_file"] == 0 for r in report.rows() if r["what"] == "weight")

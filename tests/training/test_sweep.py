@@ -3,17 +3,21 @@
 import csv
 import fcntl
 import json
+import os
 import shutil
+import signal
 import statistics
 import sys
+import threading
 
 import pytest
 import yaml
 
 from bitwright.errors import BitwrightError
 from bitwright.training import sweep as sweeping
-from bitwright.training.sweep import markdown, run_sweep
-from bitwright.training.sweep_file import SweepFile, as_override, expand, read_sweep
+from bitwright.training.folder import RunFolder
+from bitwright.training.sweep import command, markdown, run_sweep
+from bitwright.training.sweep_file import Run, SweepFile, as_override, expand, read_sweep
 
 TINY = {
     "data": {"name": "digits", "options": {"subset": 128}},
@@ -48,6 +52,29 @@ def test_two_runs_may_not_share_a_folder():
 
 
 @pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        # Before: the variant won, and its accuracy stood in the rows of w2a2 and of w4a4.
+        ({"grid": {"bits": ["w2a2", "w4a4"]}, "variants": {"v": {"bits": "w8a8"}}}, r"variants\.v\.bits: grid\.bits"),
+        ({"grid": {"schedule.epochs": [1, 2]}, "variants": {"v": {"schedule": {"batch_size": 9}}}}, "v.schedule: grid"),
+        ({"grid": {"schedule": [{"epochs": 1}]}, "variants": {"v": {"schedule.epochs": 9}}}, "v.schedule.epochs: grid"),
+        # Before: `seeds` won, without a word.
+        ({"grid": {"seed": [5, 6]}}, r"grid\.seed: \[5, 6\] is not accepted; use seeds"),
+        ({"variants": {"v": {"seed": 7}}}, r"variants\.v\.seed: 7"),
+        ({"overrides": {"seed": 7}}, r"overrides\.seed: 7"),
+    ],
+)
+def test_a_key_that_another_would_hide_is_refused(keys, message):
+    with pytest.raises(BitwrightError, match=message):
+        expand(SweepFile(recipe="r", **keys))
+
+
+def test_a_variant_may_set_a_neighbour_of_a_grid_key():
+    keys = {"grid": {"optimizer.lr": [0.1]}, "variants": {"v": {"optimizer.lr_x": 1, "optimizer.name": "adamw"}}}
+    assert expand(SweepFile(recipe="r", **keys))
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("recipe: r\nvariant: {}\n", "variant: .*accepted keys: recipe"),
@@ -78,6 +105,13 @@ def test_markdown_has_mean_and_sample_deviation():
     line = markdown(rows, []).splitlines()[2]
     percent = [100 * a for a in accuracies]
     assert line == f"| v | 83.00 ± {statistics.stdev(percent):.2f} | 90.00 | 3 | 10 | 2.0000 |"
+
+
+def test_a_name_with_a_bar_or_a_break_stays_one_cell():
+    row = {"accuracy": 0.5, "float_accuracy": None, "train_seconds": 1.0, "bitops": 1e9}
+    table = markdown([{"variant": "a|b", **row}, {"variant": "c\nd", **row}], []).splitlines()
+    assert [line.split("|")[1] for line in table[2:]] == [" a/b ", " c d "]
+    assert {line.count("|") for line in table} == {7}
 
 
 @pytest.mark.slow
@@ -158,3 +192,66 @@ def test_a_second_sweep_in_the_same_folder_is_refused_and_touches_nothing(tmp_pa
             run_sweep(path, out)
     assert "\n" not in str(caught.value)
     assert [p.name for p in out.iterdir()] == ["sweep.lock"]
+
+
+FINISHED = """import pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+(folder / "summary.json").write_text('{"accuracy": 0.5}')
+"""
+
+
+def test_a_run_that_a_killed_sweep_left_training_is_waited_for(tmp_path, monkeypatch):
+    path, out = sweep_of(tmp_path), tmp_path / "out"
+    run = out / "base-seed0"
+    monkeypatch.setattr(sweeping, "command", lambda *_: [sys.executable, "-c", FINISHED, str(run)])
+    said: list[str] = []
+    with RunFolder(run).alone():  # flock counts by open file: this process is another one to the sweep
+        going = threading.Thread(target=run_sweep, args=(path, out), kwargs={"jobs": 1, "say": said.append})
+        going.start()
+        while len(said) < 2:
+            going.join(0.05)
+            assert going.is_alive(), said
+        going.join(0.5)
+        assert not (run / "summary.json").exists()  # not started beside the other one
+    going.join(60)
+    assert said[1:] == ["base-seed0: another process is training there; waiting for it", "base-seed0: 50.00 %"]
+
+
+def test_a_run_that_was_killed_says_so_not_its_last_epoch(tmp_path, monkeypatch):
+    path, out = sweep_of(tmp_path), tmp_path / "out"
+    dies = "import os; print('epoch 1/20  loss 0.1', flush=True); os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(sweeping, "command", lambda *_: [sys.executable, "-c", dies])
+    assert run_sweep(path, out, jobs=1, say=lambda _: None) == 1
+    (row,) = csv.DictReader((out / "results.csv").read_text().splitlines())
+    assert row["error"] == "killed by SIGKILL; the machine may have run out of memory"
+
+
+def test_ctrl_c_reaches_a_run_once_so_that_it_can_save(tmp_path, monkeypatch):
+    """A terminal sends SIGINT to the whole group; runs are told by the sweep, as a second signal ends them unsaved."""
+    path, out = sweep_of(tmp_path), tmp_path / "out"
+    monkeypatch.setattr(sweeping, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"])
+    started: list[int] = []
+    popen = sweeping.subprocess.Popen
+
+    def note(*args, **options):
+        process = popen(*args, **options)
+        started.append(process.pid)
+        return process
+
+    def stop(_):
+        assert os.getpgid(started[0]) != os.getpgid(0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeping.subprocess, "Popen", note)
+    monkeypatch.setattr(sweeping.time, "sleep", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(path, out, jobs=1, say=lambda _: None)
+    with pytest.raises(ProcessLookupError):
+        os.kill(started[0], signal.SIGTERM)
+
+
+def test_data_of_a_resumed_run_are_looked_for_where_the_sweep_says(tmp_path):
+    (tmp_path / "checkpoint.pt").touch()
+    line = command(SweepFile(recipe="r"), "r", Run("n", "v", (), 0, ()), tmp_path, "/elsewhere")
+    assert line[-4:] == ["--resume", str(tmp_path), "--data-dir", "/elsewhere"]

@@ -58,15 +58,30 @@ def called(node: NodeProto) -> str:
 
 @dataclass
 class ExactConvLowering(CompactLowering):
-    """reader: the one node of the exported graph that reads a tensor, by tensor. uses: of placeholders, by name."""
+    """reader: the one node of the exported graph that reads a tensor, by tensor. uses: of placeholders, by name.
+    constants: names of the exported graph's."""
 
     reader: dict[str, NodeProto] = field(default_factory=dict)
+    constants: set[str] = field(default_factory=set)
     uses: Counter[str] = field(default_factory=Counter)
 
     def look_at_graph(self, graph: onnx.GraphProto) -> None:
         super().look_at_graph(graph)
         self.uses = Counter(called(node) for node in graph.node if node.domain == DOMAIN)
+        self.constants = {tensor.name for tensor in graph.initializer}
         self.reader = {name: node for node in graph.node for name in node.input if name in self.read_once}
+
+    def behind(self, y: str) -> str:
+        """What is left of `y` once a runtime has taken norms, products and sums with constants that follow it into the
+        convolution, as it does where the weights are constants; `y` where none follows."""
+        node = self.reader.get(y)
+        while node is not None and (
+            node.op_type == "BatchNormalization"
+            or (node.op_type in ("Mul", "Add") and any(name in self.constants for name in node.input))
+        ):
+            y = node.output[0]
+            node = self.reader.get(y)
+        return y
 
     def merged(self, y: str) -> bool:
         """Whether a quantizer alone reads `y`: a runtime then makes an integer kernel of it and what is in front."""
@@ -87,7 +102,7 @@ class ExactConvLowering(CompactLowering):
             return super().conv(layer, at, x, y, pads, sizes)
         if not layer.reproducible:
             # Constant weights in front of a quantizer a runtime would round to 8 bits of its own.
-            if not merged and self.uses[layer.name] == 1:
+            if not merged and not self.merged(self.behind(y)) and self.uses[layer.name] == 1:
                 self.floating.add(layer.name)
             return super().conv(layer, at, x, y, pads, sizes)
         one_piece, two_pieces = (int(bound.max()) < EXACT for bound in bounds(layer))

@@ -81,6 +81,22 @@ class RunFolder:
         finally:
             os.close(handle)
 
+    def busy(self) -> bool:
+        """Whether another process trains there now; False where the filesystem cannot tell."""
+        try:
+            handle = os.open(self.root, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(handle)
+        return False
+
     def identity(self) -> tuple[int, int] | None:
         """Tells this folder from another one of the same name; None where there is none."""
         try:

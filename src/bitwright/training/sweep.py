@@ -16,6 +16,7 @@ from typing import Any
 
 from bitwright.errors import BitwrightError
 from bitwright.training.checkpoint import cannot_write
+from bitwright.training.folder import RunFolder
 from bitwright.training.sweep_file import Run, SweepFile, check_runs, expand, read_sweep
 
 RESULT_FIELDS = ["accuracy", "accuracy_best", "float_accuracy", "bitops", "size_bytes", "epochs", "train_seconds"]
@@ -23,11 +24,32 @@ RESULT_FIELDS = ["accuracy", "accuracy_best", "float_accuracy", "bitops", "size_
 
 def command(sweep: SweepFile, recipe: str, run: Run, folder: Path, data_dir: str | None) -> list[str]:
     """The `bitwright train` command of a run; an interrupted one is resumed."""
+    made = [sys.executable, "-m", "bitwright", "train"]
     if (folder / "checkpoint.pt").exists():
-        return [sys.executable, "-m", "bitwright", "train", "--resume", str(folder)]
-    made = [sys.executable, "-m", "bitwright", "train", recipe, *run.overrides, "--out", str(folder)]
-    made += ["--overwrite"] if folder.exists() else []
+        made += ["--resume", str(folder)]
+    else:
+        made += [recipe, *run.overrides, "--out", str(folder), *(["--overwrite"] if folder.exists() else [])]
     return made + (["--data-dir", data_dir] if data_dir else [])
+
+
+class LeftBehind:
+    """In the place of a process: the one that a sweep which was killed left training in `folder`."""
+
+    returncode = 0
+
+    def __init__(self, folder: Path):
+        self.folder = RunFolder(folder)
+
+    def poll(self) -> int | None:
+        """None while it trains."""
+        return None if self.folder.busy() else self.returncode
+
+    def send_signal(self, signum: int) -> None:
+        """Nothing: it is not ours to stop."""
+
+    def wait(self) -> int:
+        """It goes on by itself."""
+        return self.returncode
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
@@ -76,7 +98,7 @@ def markdown(rows: list[dict[str, Any]], keys: list[str]) -> str:
         spread = f" ± {statistics.stdev(accuracies):.2f}" if len(group) > 1 else ""
         floats = [100 * r["float_accuracy"] for r in group if r["float_accuracy"] is not None]
         cells = [
-            *map(str, label),
+            *(" ".join(str(part).replace("|", "/").split()) for part in label),  # a cell of a table is one line
             f"{statistics.mean(accuracies):.2f}{spread}",
             f"{statistics.mean(floats):.2f}" if floats else "",
             str(len(group)),
@@ -116,24 +138,34 @@ def run_sweep(
     with _alone(out):
         waiting = [r for r in runs if result_of(out / r.name) is None]
         say(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before, {jobs or sweep.jobs} side by side")
-        going: dict[str, tuple[Run, subprocess.Popen[bytes]]] = {}
+        going: dict[str, tuple[Run, subprocess.Popen[bytes] | LeftBehind]] = {}
         failed: dict[str, str] = {}
         environment = {**os.environ, "OMP_NUM_THREADS": str(sweep.threads)}
         try:
             while waiting or going:
                 while waiting and len(going) < (jobs or sweep.jobs):
                     run = waiting.pop(0)
+                    if RunFolder(out / run.name).busy():
+                        say(f"{run.name}: another process is training there; waiting for it")
+                        going[run.name] = (run, LeftBehind(out / run.name))
+                        continue
                     with (out / f"{run.name}.log").open("ab") as log:
                         line = command(sweep, recipe, run, out / run.name, data_dir)
-                        going[run.name] = (run, subprocess.Popen(line, stdout=log, stderr=log, env=environment))
+                        # A group of its own: Ctrl-C comes to us alone, and runs get one signal. A second would end
+                        # them before they have saved.
+                        process = subprocess.Popen(line, stdout=log, stderr=log, env=environment, process_group=0)
+                        going[run.name] = (run, process)
                 time.sleep(0.2)
-                for name, (_, process) in list(going.items()):
+                for name, (run, process) in list(going.items()):
                     if process.poll() is None:
                         continue
                     del going[name]
                     summary = result_of(out / name)
+                    if summary is None and isinstance(process, LeftBehind):
+                        waiting.append(run)  # to be resumed
+                        continue
                     if process.returncode != 0 or summary is None:
-                        failed[name] = last_line(out / f"{name}.log") or f"exit code {process.returncode}"
+                        failed[name] = reason(process.returncode, out / f"{name}.log")
                         say(f"{name}: FAILED: {failed[name]}")
                     else:
                         say(f"{name}: {100 * summary['accuracy']:.2f} %")
@@ -168,7 +200,10 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
+def reason(returncode: int, log: Path) -> str:
+    """Why a run failed, in one line: the signal that killed it, else the last line of its log that says something."""
+    if returncode < 0:  # its log ends with whatever it did well
+        memory = "; the machine may have run out of memory" if -returncode == signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-returncode).name}{memory}"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    return lines[-1] if lines else f"exit code {returncode}"

@@ -19,7 +19,7 @@ class SweepFile(BaseModel):
 
     Attributes:
         recipe: a recipe file (relative to the sweep file) or the name of a built-in one.
-        overrides: recipe keys, dotted or nested, for every run.
+        overrides: recipe keys for every run. A dotted key sets one value; a section as a mapping replaces all of it.
         variants: name -> recipe keys; every variant is one row of the final table.
         grid: recipe key -> list of values; every combination multiplies the variants.
         seeds: one run per seed; at least three make a standard deviation worth printing.
@@ -78,8 +78,12 @@ def as_override(key: str, value: Any) -> str:
 
 
 def expand(sweep: SweepFile) -> list[Run]:
-    """Every run, seeds innermost last: whole rounds of seeds end early runs first, so a table is useful early."""
+    """Every run, seeds innermost last: whole rounds of seeds end early runs first, so a table is useful early.
+
+    Raises: BitwrightError where two runs would share a folder, or a row of the table would not say what was trained.
+    """
     keys = list(sweep.grid)
+    _refuse_hidden(sweep)
     runs = []
     for seed in sweep.seeds:
         for values in itertools.product(*sweep.grid.values()):
@@ -95,6 +99,22 @@ def expand(sweep: SweepFile) -> list[Run]:
     if twice:
         raise BitwrightError(f"two runs would share the folder {twice!r}; rename a variant or a grid value")
     return runs
+
+
+def _refuse_hidden(sweep: SweepFile) -> None:
+    """No key that another one would silently replace: its value would stand in the table, and was not trained."""
+    sources = {"overrides": sweep.overrides, "grid": sweep.grid}
+    sources |= {f"variants.{name}": changes for name, changes in sweep.variants.items()}
+    for where, given in sources.items():
+        if "seed" in given:
+            raise BitwrightError(f"{where}.seed: {given['seed']!r} is not accepted; use seeds: [...], a run each")
+    for name, changes in sweep.variants.items():
+        for key, grid_key in itertools.product(changes, sweep.grid):
+            if f"{key}.".startswith(f"{grid_key}.") or f"{grid_key}.".startswith(f"{key}."):
+                raise BitwrightError(
+                    f"variants.{name}.{key}: grid.{grid_key} sets that already, for every variant; "
+                    "give it in one place, or as a variant for each value"
+                )
 
 
 def check_runs(path: Path, recipe: str, runs: list[Run], out: Path) -> None:
