@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Method,
         PEGECurriculum,
         QuantNet,
+        Relational,
     )
     from bitwright.prepare import describe, prepare, quant_layers, quantizers, split_parameters
     from bitwright.quantizer import Quantizer
@@ -66,6 +67,7 @@ __all__ = [
     "QuantNet",
     "Quantizer",
     "QuantizerSpec",
+    "Relational",
     "Rule",
     "Step",
     "StepResult",

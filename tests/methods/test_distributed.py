@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from bitwright import AMED, BWRF, CAGE, CSQ, GAQAT, HGQ, KD, SAQ, AdaQAT, Allocation, Constrained, EWGSDelta
-from bitwright import PEGECurriculum, quantizers
+from bitwright import PEGECurriculum, Relational, quantizers
 from bitwright.costs import cost_table
 from methods.nets import data, float_net, make_step, quantized
 rank = int(sys.argv[1])
@@ -36,6 +36,7 @@ for name in sys.argv[3].split(","):
         "hgq": lambda: HGQ(model, 6, costs, {"bitops": 0.6 * costs.bitops}, warmup_steps=0, freeze_at=1.0),
         "kd": lambda: KD(partner),
         "pege": lambda: PEGECurriculum(model, 8),
+        "relational": lambda: Relational(model, partner),
         "saq": lambda: SAQ(model, rho=0.2),
     }[name]()
     wrapped = DistributedDataParallel(model)
@@ -57,7 +58,7 @@ dist.destroy_process_group()
 
 
 METHODS = ["adaqat", "allocation", "amed", "bwrf", "cage", "constrained", "csq", "ewgs", "gaqat", "hgq", "kd", "pege"]
-METHODS += ["saq"]
+METHODS += ["relational", "saq"]
 
 
 @pytest.mark.slow

@@ -13,10 +13,21 @@ PARTNER = runs.PARTNER
 
 def test_every_name_trains_and_leaves_its_losses(tmp_path):
     summary = runs.train(
-        tmp_path, PARTNER, "estimator=pege", "methods=[{bwrf: {backbone_kd: false}}, kd, pege]", "schedule.epochs=2"
+        tmp_path,
+        PARTNER,
+        "estimator=pege",
+        "methods=[{bwrf: {backbone_kd: false}}, kd, relational, pege]",
+        "schedule.epochs=2",
     )
     last = runs.rows_of(tmp_path)[-1]
-    assert {"loss_task", "loss_kd", "loss_bwrf_branches", "pege/rate", "pege/discretization_error"} <= last.keys()
+    assert {
+        "loss_task",
+        "loss_kd",
+        "loss_relational",
+        "loss_bwrf_branches",
+        "pege/rate",
+        "pege/discretization_error",
+    } <= last.keys()
     assert last["pege/rate"] == 1.0
     assert summary["methods"] == {}
 

@@ -14,6 +14,7 @@ from bitwright.methods.hgq import HGQ
 from bitwright.methods.kd import KD
 from bitwright.methods.pege import PEGECurriculum
 from bitwright.methods.quantnet import QuantNet
+from bitwright.methods.relational import Relational
 from bitwright.methods.saq import SAQ
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "Method",
     "PEGECurriculum",
     "QuantNet",
+    "Relational",
 ]

@@ -23,6 +23,7 @@ from bitwright.methods import (
     Method,
     PEGECurriculum,
     QuantNet,
+    Relational,
 )
 from bitwright.training.data import Dataset
 from bitwright.training.lookup import check_types, close_matches
@@ -34,9 +35,9 @@ class MethodContext:
     """What a method may be built from.
 
     model: prepared and calibrated, on the training device. partner: the float network in evaluation mode on the same
-    device, or None. teacher: the float network that `kd` learns from, alike; None: the partner. loss_fn: the task
-    loss, (outputs, y) -> scalar. dataset; batch_size: of the run. example: one batch of inputs on the device. steps:
-    optimizer steps of the whole run. epochs, seed: of the run.
+    device, or None. teacher: the float network that `kd` and `relational` learn from, alike; None: the partner.
+    loss_fn: the task loss, (outputs, y) -> scalar. dataset; batch_size: of the run. example: one batch of inputs on
+    the device. steps: optimizer steps of the whole run. epochs, seed: of the run.
     """
 
     model: nn.Module
@@ -83,6 +84,11 @@ def method_context(
 
 def _kd(options: dict[str, Any], context: MethodContext) -> Method:
     return KD(context.need_partner("kd") if context.teacher is None else context.teacher, **options)
+
+
+def _relational(options: dict[str, Any], context: MethodContext) -> Method:
+    teacher = context.need_partner("relational") if context.teacher is None else context.teacher
+    return Relational(context.model, teacher, **options)
 
 
 def _bwrf(options: dict[str, Any], context: MethodContext) -> Method:
@@ -155,6 +161,7 @@ def _ewgs(options: dict[str, Any], context: MethodContext) -> Method:
 
 METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
     "kd": _kd,
+    "relational": _relational,
     "bwrf": _bwrf,
     "pege": _pege,
     "adaqat": _adaqat,
@@ -174,6 +181,7 @@ METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
 # What each name makes, for the names and types of its options; GIVEN are the parameters that the context fills.
 MADE: dict[str, type[Method]] = {
     "kd": KD,
+    "relational": Relational,
     "bwrf": BWRF,
     "pege": PEGECurriculum,
     "adaqat": AdaQAT,
