@@ -6,6 +6,7 @@ from bitwright.methods.amed import AMED
 from bitwright.methods.base import Batch, Method
 from bitwright.methods.bwrf import BWRF
 from bitwright.methods.cage import CAGE
+from bitwright.methods.channel_bits import ChannelBits
 from bitwright.methods.constrained import Constrained
 from bitwright.methods.csq import CSQ
 from bitwright.methods.ewgs import EWGSDelta
@@ -29,6 +30,7 @@ __all__ = [
     "AdaQAT",
     "Allocation",
     "Batch",
+    "ChannelBits",
     "Constrained",
     "EWGSDelta",
     "Method",

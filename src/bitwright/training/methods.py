@@ -18,6 +18,7 @@ from bitwright.methods import (
     SAQ,
     AdaQAT,
     Allocation,
+    ChannelBits,
     Constrained,
     EWGSDelta,
     Method,
@@ -116,6 +117,10 @@ def _quantnet(options: dict[str, Any], context: MethodContext) -> Method:
     return QuantNet(context.model, context.steps, **options)
 
 
+def _channel_bits(options: dict[str, Any], context: MethodContext) -> Method:
+    return ChannelBits(context.model, **options)
+
+
 def _costed(options: dict[str, Any], context: MethodContext) -> tuple[Any, dict[str, Any]]:
     """(the table of costs, with the latencies of the file that the options name, if any; the other options)."""
     latencies = options.get("latencies")
@@ -168,6 +173,7 @@ METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
     "hgq": _hgq,
     "csq": _csq,
     "quantnet": _quantnet,
+    "channel_bits": _channel_bits,
     "allocation": _allocation,
     "ewgs": _ewgs,
     "cage": _cage,
@@ -188,6 +194,7 @@ MADE: dict[str, type[Method]] = {
     "hgq": HGQ,
     "csq": CSQ,
     "quantnet": QuantNet,
+    "channel_bits": ChannelBits,
     "allocation": Allocation,
     "ewgs": EWGSDelta,
     "cage": CAGE,
