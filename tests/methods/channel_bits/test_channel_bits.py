@@ -25,6 +25,7 @@ from bitwright import (
 )
 from bitwright.channels import ChannelQuantizer
 from bitwright.costs import cost_table
+from bitwright.kernels import reference_only
 from bitwright.training.ema import Ema
 from bitwright.training.models.resnet import CifarResNet
 from methods.nets import data, make_step, quantized, resumed, run, same_state
@@ -95,7 +96,7 @@ def test_measuring_leaves_training_as_it_is():
 def test_a_resumed_run_ends_bit_identical(stop, options):
     def fresh():
         model, method = built()
-        return model, make_step(model, [method], **options)
+        return model, make_step(model, [method], lr=0.005, **options)
 
     whole, step = fresh()
     run(step, 0, 8)
@@ -133,6 +134,25 @@ def test_the_file_is_what_was_trained(tmp_path):
     assert verify(plain, tmp_path / "net.onnx", [x]).ok
     averaged.model.load_state_dict(averaged.model.state_dict())
     assert averaged.model.layer1[0].conv1.weight_quantizer.kinds == model.layer1[0].conv1.weight_quantizer.kinds
+
+
+@pytest.mark.slow
+def test_compiled_training_is_that_of_the_eager_model():
+    """Bits that were chosen are other code: compiled anew, once."""
+    found = []
+    for backend in (None, "aot_eager"):
+        torch._dynamo.reset()
+        model = quantized(outlying(), bits=3).double()
+        method = ChannelBits(model, steps=2)
+        step = make_step(model, [method], lr=0.005, compiled=backend)
+        with reference_only():
+            for i in range(5):
+                x, y = data(seed=i)
+                step(x.double(), y)
+        assert any(len(p.quantizer.kinds) == 3 for p in method.places.values())
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-6, atol=1e-8, msg=name)
 
 
 def test_methods_that_set_bits_too():

@@ -64,9 +64,7 @@ class ChannelBits(Method):
             if counts:
                 chosen[name] = (layer, slot, quantizer, [0, *counts])
         if not chosen:
-            raise BitwrightError(
-                f"channel_bits: no layer has channels enough for shares={list(shares)}, or all are fixed"
-            )
+            raise BitwrightError(f"channel_bits: all layers are fixed, or too narrow for shares={list(shares)}")
         for name, (layer, slot, quantizer, counts) in chosen.items():
             made = by_channel(quantizer)
             self.places[name] = Place(layer, slot, made, round(made.mean_bits), counts)
