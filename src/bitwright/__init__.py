@@ -29,11 +29,13 @@ if TYPE_CHECKING:
         AdaQAT,
         Allocation,
         Batch,
+        ChannelBits,
         Constrained,
         EWGSDelta,
         Method,
         PEGECurriculum,
         QuantNet,
+        Relational,
     )
     from bitwright.prepare import describe, prepare, quant_layers, quantizers, split_parameters
     from bitwright.quantizer import Quantizer
@@ -58,6 +60,7 @@ __all__ = [
     "Allocation",
     "Batch",
     "BitwrightError",
+    "ChannelBits",
     "Constrained",
     "Coverage",
     "EWGSDelta",
@@ -66,6 +69,7 @@ __all__ = [
     "QuantNet",
     "Quantizer",
     "QuantizerSpec",
+    "Relational",
     "Rule",
     "Step",
     "StepResult",

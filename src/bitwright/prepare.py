@@ -202,17 +202,18 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 @dataclass(frozen=True)
 class QuantizerRow:
-    """One line of the table that describes a prepared model."""
+    """One line of the table that describes a prepared model; bits: the mean where channels have their own."""
 
     name: str
     layer: str
     grid: str
     estimator: str
-    bits: int
+    bits: float
     signed: bool
     scales: int
     calibrated: bool
     learned: bool
+    most_bits: int
 
 
 def describe(model: nn.Module) -> list[QuantizerRow]:
@@ -226,11 +227,12 @@ def describe(model: nn.Module) -> list[QuantizerRow]:
                 type(layer).__name__.removeprefix("Quant"),
                 quantizer.spec.grid,
                 quantizer.spec.estimator,
-                round(quantizer.bits.item()),
+                quantizer.mean_bits,
                 bool(quantizer.signed.item()),
                 quantizer.shape.channels,
                 bool(quantizer.calibrated.item()),
                 any(p.requires_grad for p in quantizer.grid.parameters()),
+                quantizer.most_bits,
             )
         )
     return rows

@@ -1,11 +1,14 @@
 """`Quantizer`: one quantized tensor: a grid, an estimator, a bit-width, a signedness."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
 from bitwright.estimators import make_estimator
 from bitwright.grids import Affine, CodeRange, Shape, Stats, make_grid
+from bitwright.kernels.reference import Rounding
 from bitwright.spec import MAX_BITS, MIN_BITS, QuantizerSpec
 
 
@@ -90,9 +93,30 @@ class Quantizer(nn.Module):
             )
         return bits
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}bits")
+        if isinstance(saved, Tensor) and 1 < saved.numel() == self.shape.channels and len(self.bits) == 1:
+            from bitwright.channels import by_channel  # which is made of this class
+
+            by_channel(self)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.refresh()
+
+    @property
+    def mean_bits(self) -> float:
+        """The bit-width, a whole number; of a weight whose channels have their own, the mean."""
+        mean = self.bits.double().mean().item()
+        return round(mean) if mean == round(mean) else mean
+
+    @property
+    def most_bits(self) -> int:
+        """The bit-width; of a weight whose channels have their own, the largest, at which files hold all of it."""
+        return round(self.bits.max().item())
+
+    @property
+    def derived(self) -> Any:
+        """What follows from the bits and is no buffer."""
+        return self._zero
 
     @property
     def codes(self) -> CodeRange:
@@ -139,7 +163,11 @@ class Quantizer(nn.Module):
             raise BitwrightError(
                 f"{self.name or 'quantizer'} is not calibrated; call bitwright.calibrate(model, batches) first"
             )
-        return self.grid(x, self.codes, self.estimator)
+        return self.rounded(x, self.estimator)
+
+    def rounded(self, x: Tensor, rounding: Rounding) -> Tensor:
+        """`x` (any shape) on the grid as `forward` has it, by an estimator or another `(v, lo, hi) -> k`."""
+        return self.grid(x, self.codes, rounding)
 
     def affine(self, x: Tensor | None = None) -> Affine:
         """Scale, zero point and code bounds now; for weights pass the weight."""
@@ -152,7 +180,7 @@ class Quantizer(nn.Module):
         They are those of the forward pass itself, not a second computation that could fall on the other side of a
         tie; the values agree to the last bit, except for a rescaled SAT weight, where two products round apart.
         """
-        seen = _Codes()
+        seen = Codes()
         training, self.grid.training = self.grid.training, False
         try:
             self.grid(x, self.codes, seen)
@@ -165,7 +193,7 @@ class Quantizer(nn.Module):
         return f"bits={round(self.bits.item())}, {sign}, channels={self.shape.channels}"
 
 
-class _Codes:
+class Codes:
     """A rounding that remembers its codes."""
 
     k: Tensor

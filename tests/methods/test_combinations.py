@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bitwright import CAGE, KD, SAQ, quantizers
+from bitwright import CAGE, KD, SAQ, ChannelBits, Relational, quantizers
 from bitwright.kernels import reference_only
 from bitwright.methods.adaqat import AdaQAT
 from bitwright.methods.bwrf import BWRF
@@ -16,6 +16,8 @@ from methods.nets import data, float_net, make_step, quantized, resumed, run, sa
 NAMES = ("bwrf", "pege", "adaqat", "kd")
 SUBSETS = [c for n in (1, 2, 4) for c in itertools.combinations(NAMES, n)]
 SUBSETS += [("cage", "saq"), ("pege", "cage"), ("bwrf", "saq"), ("adaqat", "cage", "saq")]
+SUBSETS += [("relational",), ("kd", "relational"), ("bwrf", "pege", "relational"), ("relational", "saq")]
+SUBSETS += [("channel_bits", "kd", "relational"), ("bwrf", "pege", "channel_bits"), ("channel_bits", "cage", "saq")]
 
 
 def build(names, compiled=None, double=False, **options):
@@ -28,6 +30,8 @@ def build(names, compiled=None, double=False, **options):
         "pege": lambda: PEGECurriculum(model, total_steps=10),
         "adaqat": lambda: AdaQAT(model, 10, every=1, warmup_steps=1, eta=1.0, lam=0.3, granularity="layer"),
         "kd": lambda: KD(partner),
+        "relational": lambda: Relational(model, partner),
+        "channel_bits": lambda: ChannelBits(model, shares=[0.25], steps=2),
         "cage": lambda: CAGE(model, 10, lam=1.0, silence=0.1),
         "saq": lambda: SAQ(model, 0.2),
     }
@@ -47,7 +51,7 @@ def test_a_resumed_run_ends_bit_identical(names, amp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [("bwrf",), ("pege",), ("adaqat",), NAMES], ids="+".join)
+@pytest.mark.parametrize("names", [("bwrf",), ("pege",), ("adaqat",), ("kd", "relational"), NAMES], ids="+".join)
 def test_a_compiled_model_trains_as_the_eager_one(names):
     def double(seed):
         x, y = data(seed)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from bitwright import AMED, BWRF, CAGE, CSQ, GAQAT, HGQ, KD, SAQ, AdaQAT, Allocation, Constrained, EWGSDelta
-from bitwright import PEGECurriculum, quantizers
+from bitwright import ChannelBits, PEGECurriculum, Relational, quantizers
 from bitwright.costs import cost_table
 from methods.nets import data, float_net, make_step, quantized
 rank = int(sys.argv[1])
@@ -29,6 +29,7 @@ for name in sys.argv[3].split(","):
         "amed": lambda: AMED(model, 6, costs, every=1, freeze_at=1.0),
         "bwrf": lambda: BWRF(model, partner, sample=True),
         "cage": lambda: CAGE(model, 6, lam=1.0, silence=0.1),
+        "channel_bits": lambda: ChannelBits(model, shares=[0.25], steps=2),
         "constrained": lambda: Constrained(model, torch.nn.functional.cross_entropy, rate=1.0),
         "csq": lambda: CSQ(model, 6, costs, {"bitops": 0.8 * costs.bitops}, mask_lr=3.0),
         "ewgs": lambda: EWGSDelta(model, torch.nn.functional.cross_entropy, lambda: [data(seed=50 + rank)], every=1),
@@ -36,6 +37,7 @@ for name in sys.argv[3].split(","):
         "hgq": lambda: HGQ(model, 6, costs, {"bitops": 0.6 * costs.bitops}, warmup_steps=0, freeze_at=1.0),
         "kd": lambda: KD(partner),
         "pege": lambda: PEGECurriculum(model, 8),
+        "relational": lambda: Relational(model, partner),
         "saq": lambda: SAQ(model, rho=0.2),
     }[name]()
     wrapped = DistributedDataParallel(model)
@@ -50,14 +52,14 @@ for name in sys.argv[3].split(","):
     if name == "ewgs":
         values = torch.cat([values, *deltas])
     sums = [v.hex() for v in (values.sum().item(), values.square().sum().item())]
-    bits = [int(q.bits) for q in quantizers(model).values()]
+    bits = [q.bits.int().tolist() for q in quantizers(model).values()]
     print("RESULT", name, sums, bits, step.result.loss.item())
 dist.destroy_process_group()
 """
 
 
 METHODS = ["adaqat", "allocation", "amed", "bwrf", "cage", "constrained", "csq", "ewgs", "gaqat", "hgq", "kd", "pege"]
-METHODS += ["saq"]
+METHODS += ["relational", "saq", "channel_bits"]
 
 
 @pytest.mark.slow

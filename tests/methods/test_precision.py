@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitwright import KD, BitwrightError
+from bitwright import KD, BitwrightError, Relational
 from bitwright.methods.base import Batch
 from bitwright.methods.bwrf import BWRF
 from bitwright.methods.precision import casting, guide_dtype
@@ -34,6 +34,7 @@ def gradients(make, dtype):
 
 GUIDES = {
     "kd": lambda model, partner, dtype: KD(partner, teacher_dtype=dtype),
+    "relational": lambda model, partner, dtype: Relational(model, partner, teacher_dtype=dtype),
     "bwrf": lambda model, partner, dtype: BWRF(model, partner, partner_dtype=dtype),
     "bwrf joint": lambda model, partner, dtype: BWRF(model, partner, joint=True, partner_dtype=dtype),
     "bwrf suffix": lambda model, partner, dtype: BWRF(model, partner, order="suffix", partner_dtype=dtype),

@@ -13,10 +13,21 @@ PARTNER = runs.PARTNER
 
 def test_every_name_trains_and_leaves_its_losses(tmp_path):
     summary = runs.train(
-        tmp_path, PARTNER, "estimator=pege", "methods=[{bwrf: {backbone_kd: false}}, kd, pege]", "schedule.epochs=2"
+        tmp_path,
+        PARTNER,
+        "estimator=pege",
+        "methods=[{bwrf: {backbone_kd: false}}, kd, relational, pege]",
+        "schedule.epochs=2",
     )
     last = runs.rows_of(tmp_path)[-1]
-    assert {"loss_task", "loss_kd", "loss_bwrf_branches", "pege/rate", "pege/discretization_error"} <= last.keys()
+    assert {
+        "loss_task",
+        "loss_kd",
+        "loss_relational",
+        "loss_bwrf_branches",
+        "pege/rate",
+        "pege/discretization_error",
+    } <= last.keys()
     assert last["pege/rate"] == 1.0
     assert summary["methods"] == {}
 
@@ -104,6 +115,27 @@ def test_csq_hardens_inside_its_budget_and_the_file_is_what_was_trained(tmp_path
     images = next(iter(run.dataset.test_batches(batch_size=50, device=run.device)))[0]
     export(run.model, file, images[:1])
     assert verify(run.model, file, [images]).ok
+
+
+@pytest.mark.parametrize("more", [[], ["optimizer.ema=0.5"]], ids=["", "ema"])
+def test_bits_per_channel_are_shipped_at_the_widest_and_sizes_say_so(tmp_path, more):
+    methods = "methods=[{channel_bits: {shares: [0.25], steps: 2}}]"
+    options = ("bits=w3a4", methods, "schedule.epochs=2", *more)
+    summary = runs.train(tmp_path / "whole", *options)
+    told = summary["methods"]["channel_bits"]["channels"]
+    assert {name: summary["weight_bits"][name] for name in told} == dict.fromkeys(told, 3)
+    assert "channel_bits/moved" in runs.rows_of(tmp_path / "whole")[-1]
+    with pytest.raises(Interrupted):
+        runs.train(tmp_path / "cut", *options, stop=runs.StopAfter(7))
+    runs.resume(tmp_path / "cut")
+    whole, cut = (runs.state_of(tmp_path / name) for name in ("whole", "cut"))
+    runs.assert_same(whole["model"], cut["model"], "model")
+    run, file = load_run(tmp_path / "whole" / "run"), tmp_path / "net.onnx"
+    images = next(iter(run.dataset.test_batches(batch_size=50, device=run.device)))[0]
+    report = export(run.model, file, images[:1])
+    assert verify(run.model, file, [images]).ok
+    widest = {layer.name: layer.bits for layer in report.layers}
+    assert {name: widest[name] for name in told} == {name: max(map(int, found)) for name, found in told.items()}
 
 
 @pytest.mark.parametrize("looks", [3, 11, 19], ids=["soft", "chosen", "hard"])

@@ -72,7 +72,7 @@ def test_a_stopped_run_ends_bit_identical(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ((TEACHER,), "teacher: nothing learns from it; add kd to methods"),
+        ((TEACHER,), "teacher: nothing learns from it; add kd or relational to methods"),
         ((KD_ONLY, "teacher={model: {name: resnet9}}"), "unknown model 'resnet9'"),
         ((KD_ONLY, "teacher={schedule: {epochs: 1}}"), "teacher.model is missing"),
         ((KD_ONLY, "teacher={model: {name: resnet8}, pretrained: true, checkpoint: x.pt}"), "either checkpoint or"),

@@ -3,12 +3,15 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bitwright.cli.arguments import Cache, DataDir, Json, Run, Runtime
 from bitwright.cli.output import costs_of, export_run, print_table, verify_run
+
+if TYPE_CHECKING:
+    from bitwright.prepare import QuantizerRow
 
 
 def evaluate_run(run: Run, data_dir: DataDir = None, cache: Cache = None, as_json: Json = False) -> None:
@@ -33,7 +36,7 @@ def evaluate_run(run: Run, data_dir: DataDir = None, cache: Cache = None, as_jso
         print(json.dumps(found))
         return
     lines = [
-        [r.name, r.layer, r.grid, r.estimator, str(r.bits), "signed" if r.signed else "unsigned", str(r.scales)]
+        [r.name, r.layer, r.grid, r.estimator, shown_bits(r), "signed" if r.signed else "unsigned", str(r.scales)]
         for r in rows
     ]
     if lines:
@@ -43,6 +46,11 @@ def evaluate_run(run: Run, data_dir: DataDir = None, cache: Cache = None, as_jso
         left = ", ".join(result.coverage.float_layers) or "none"
         print(f"coverage: all {len(result.coverage.ran)} quantizers ran; layers left float: {left}")
     print(f"cost: {costs.bitops / 1e9:.4g} G BitOPs, {costs.size_bytes / 1000:,.1f} KB")
+
+
+def shown_bits(row: "QuantizerRow") -> str:
+    """A quantizer's bits; where channels have their own, the mean and the largest."""
+    return f"{row.bits:.4g}" if row.bits == row.most_bits else f"{row.bits:.4g}, to {row.most_bits}"
 
 
 def export(

@@ -34,8 +34,8 @@ class Row:
     macs: int
     weights: int
     group: int | None
-    weight_bits: int | None
-    input_bits: int | None
+    weight_bits: float | None
+    input_bits: float | None
     product: bool = False
     entries: Entries | None = None
 
@@ -79,7 +79,7 @@ def make_rows(
         record = record if isinstance(record, CostRow) else LayerCost(*record)
         if isinstance(record, CostRow):
             given = (record.weight_bits, record.input_bits)
-            stored = round(record.size_bytes * 8 / record.weight_bits)
+            stored = round(record.size_bytes * 8 / record.stored_bits)
         elif record.name in modules:
             given, stored = layer_bits(modules[record.name]), int(record.weights)
         else:

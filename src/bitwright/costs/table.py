@@ -25,17 +25,19 @@ class CostRow:
 
     macs: of one sample. weights: how many. weight_bits, input_bits: of the operands, 32 where they are float; for a
     product: of its right and left operand. bitops: macs * weight_bits * input_bits. size_bytes: of the weights; 0
-    for weights that an earlier row has counted (tied layers).
+    for weights that an earlier row has counted (tied layers). stored_bits: of the weights in a file; where channels
+    have bits of their own, the largest of them, and weight_bits the mean.
     """
 
     name: str
     kind: str
     macs: int
     weights: int
-    weight_bits: int
-    input_bits: int
-    bitops: int
+    weight_bits: float
+    input_bits: float
+    bitops: float
     size_bytes: float
+    stored_bits: int
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,13 @@ class CostTable:
         return sum(row.macs for row in self.rows)
 
     @property
-    def bitops(self) -> int:
+    def bitops(self) -> float:
         """BitOPs of one sample."""
         return sum(row.bitops for row in self.rows)
 
     @property
     def size_bytes(self) -> float:
-        """Bytes of all weights at their own width, other parameters and scales in 32 bits."""
+        """Bytes of all weights at the width at which files hold them, other parameters and scales in 32 bits."""
         return sum(row.size_bytes for row in self.rows) + FLOAT_BYTES * (self.float_parameters + self.scales)
 
     @property
@@ -74,7 +76,7 @@ class CostTable:
             return None
         rows = [row for row in self.rows if FLOAT_BITS not in (row.weight_bits, row.input_bits)]
         found = [(self.latencies.layers.get(row.name), row) for row in rows]
-        return self.latencies.rest + sum(entry_for(e, row.weight_bits, row.input_bits) for e, row in found if e)
+        return self.latencies.rest + sum(entry_for(e, row.stored_bits, round(row.input_bits)) for e, row in found if e)
 
     def as_dict(self) -> dict[str, Any]:
         """Totals and rows as plain values, ready for JSON."""
@@ -90,7 +92,7 @@ class CostTable:
             f"{'layer':{width}}  {'kind':18} {'MACs':>14} {'weights':>12} {'W':>3} {'A':>3} {'MBitOPs':>12} {'KB':>10}"
         )
         lines = [
-            f"{r.name:{width}}  {r.kind[:18]:18} {r.macs:14,} {r.weights:12,} {r.weight_bits:3} {r.input_bits:3} "
+            f"{r.name:{width}}  {r.kind[:18]:18} {r.macs:14,} {r.weights:12,} {r.weight_bits:3.4g} {r.input_bits:3} "
             f"{r.bitops / 1e6:12,.1f} {r.size_bytes / 1000:10,.1f}"
             for r in self.rows
         ]
@@ -129,9 +131,11 @@ def cost_table(
         seen |= weights.keys()
         if macs.weighted or weights:
             w, a = (FLOAT_BITS, FLOAT_BITS) if name in last else layer_bits(module)
+            held = FLOAT_BITS if name in last else stored_bits(module)
             count = sum(weights.values())
             cost = bitops(macs.weighted, w, a)
-            rows.append(CostRow(name, kind_of(module), macs.weighted, count, w, a, cost, float(size_bytes(fresh, w))))
+            size = float(size_bytes(fresh, held))
+            rows.append(CostRow(name, kind_of(module), macs.weighted, count, w, a, cost, size, held))
         rows.extend(product_rows(name, module, macs.products))
     parameters = {id(p): p.numel() for n, p in model.named_parameters() if not is_grid(n, model)}
     rest = sum(n for key, n in parameters.items() if key not in seen)
@@ -158,15 +162,21 @@ def main_weights(module: nn.Module) -> Iterator[Tensor]:
     yield from (w for n in names if isinstance(w := getattr(module, n, None), Tensor))
 
 
-def layer_bits(module: nn.Module) -> tuple[int, int]:
-    """Bits of the weight and of the input of a layer, 32 where they are float."""
+def layer_bits(module: nn.Module) -> tuple[float, float]:
+    """Bits of the weight and of the input of a layer, 32 where they are float; see `slot_bits`."""
     return slot_bits(module, "weight_quantizer"), slot_bits(module, "input_quantizer")
 
 
-def slot_bits(module: nn.Module, slot: str) -> int:
-    """Bits of the quantizer in `slot`, 32 without one."""
+def slot_bits(module: nn.Module, slot: str) -> float:
+    """Bits of the quantizer in `slot`, 32 without one; the mean where channels have their own."""
     quantizer = quantizer_in(module, slot) if isinstance(module, QuantLayer) else None
-    return FLOAT_BITS if quantizer is None else round(quantizer.bits.item())
+    return FLOAT_BITS if quantizer is None else quantizer.mean_bits
+
+
+def stored_bits(module: nn.Module) -> int:
+    """Bits of the weight of a layer in a file: those of its widest channel, as a tensor there has one type."""
+    quantizer = quantizer_in(module, "weight_quantizer") if isinstance(module, QuantLayer) else None
+    return FLOAT_BITS if quantizer is None else quantizer.most_bits
 
 
 def product_rows(name: str, module: nn.Module, products: list[int]) -> Iterator[CostRow]:
@@ -178,7 +188,7 @@ def product_rows(name: str, module: nn.Module, products: list[int]) -> Iterator[
             label, right, left = f"product{index}", "", ""
         w, a = slot_bits(module, right), slot_bits(module, left)
         row_name = f"{name}.{label}" if name else label
-        yield CostRow(row_name, f"{kind_of(module)} product", macs, 0, w, a, bitops(macs, w, a), 0.0)
+        yield CostRow(row_name, f"{kind_of(module)} product", macs, 0, w, a, bitops(macs, w, a), 0.0, FLOAT_BITS)
 
 
 def kind_of(module: nn.Module) -> str:

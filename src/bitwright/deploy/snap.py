@@ -112,7 +112,7 @@ class Surrounded:
     @property
     def bits(self) -> int:
         """Of the finest quantizer behind the layer; the layer's own where what leaves it stays float."""
-        own = [int(self.layer.weight_quantizer.bits)] + ([self.codes.bits] if self.codes else [])
+        own = [self.layer.weight_quantizer.most_bits] + ([self.codes.bits] if self.codes else [])
         return max((reader.bits for reader in self.plan.readers), default=max(own))
 
     def learned_scale(self) -> nn.Parameter | None:

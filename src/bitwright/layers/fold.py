@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError
+from bitwright.kernels.reference import along
 from bitwright.layers.significant import landed, landed_together
 from bitwright.quantizer import Quantizer
 
@@ -63,14 +64,21 @@ def integer_weight(quantizer: Quantizer, weight: Tensor, name: str) -> Weight:
     zero = affine.zero.double()
     if not bool(torch.isfinite(weight).all() and torch.isfinite(affine.scale).all()):
         raise BitwrightError(f"{name}: the weight or its scale holds NaN or infinity")
-    step = 1 if bool((zero == zero.round()).all()) else 2
-    if zero.numel() > 1 or bool((zero * step != (zero * step).round()).any()):
-        raise BitwrightError(f"{name}: a weight's zero point must be one whole or half number, not {zero.tolist()[:3]}")
-    numbers = step * (quantizer.integer_codes(weight) - zero)
+    if bool((zero * 2 != (zero * 2).round()).any()):
+        raise BitwrightError(f"{name}: a weight's zero point must be a whole or half number, not {zero.tolist()[:3]}")
+    steps = torch.where(zero == zero.round(), 1.0, 2.0)  # one, or one per channel
+    step = int(steps.min())  # a tensor has one: where channels differ, those of half numbers leave out every other
+    axis = quantizer.shape.axis
+    codes = quantizer.integer_codes(weight)
+    numbers = along(steps, codes, axis) * (codes - along(zero, codes, axis))
     small = bool((numbers >= -128).all() and (numbers <= 127).all())
-    offset = round(step * (affine.lo - float(zero)))
-    bits = (affine.hi - affine.lo).bit_length()
-    return Weight(numbers.to(torch.int8 if small else torch.int16), affine.scale.float() / step, bits, step, offset)
+    if zero.numel() == 1:
+        lo, hi = affine.lo, affine.hi
+        offset, bits = round(step * (lo - float(zero))), (hi - lo).bit_length()
+    else:
+        offset, most = int((steps * (quantizer.code_lo - zero)).min()), int((steps * (quantizer.code_hi - zero)).max())
+        bits = ((most - offset) // step).bit_length()
+    return Weight(numbers.to(torch.int8 if small else torch.int16), (affine.scale / steps).float(), bits, step, offset)
 
 
 @torch.no_grad()

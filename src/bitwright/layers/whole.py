@@ -52,7 +52,7 @@ def whole_weight(quantizer: Quantizer | None, weight: Tensor) -> Weight | None:
         return None
     affine = quantizer.affine(weight)
     zero, finite = affine.zero.double() * 2, weight.isfinite().all() & affine.scale.isfinite().all()
-    if zero.numel() > 1 or not bool(finite & (zero == zero.round()).all()):
+    if not bool(finite & (zero == zero.round()).all()):
         return None
     found = integer_weight(quantizer, weight, quantizer.name)
     return found if found.numbers.dtype == torch.int8 else None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from bitwright.channels import ChannelQuantizer
 from bitwright.errors import BitwrightError
 from bitwright.layers import SharedInput
 from bitwright.prepare import quant_layers
@@ -42,6 +43,11 @@ def adjustable_layers(
             "weight": [q for slot, q in quantizers.items() if slot in layer.weight_slots],
             "input": [q for slot, q in quantizers.items() if slot not in layer.weight_slots],
         }
+        if any(isinstance(q, ChannelQuantizer) for role in roles for q in found[role]):
+            raise BitwrightError(
+                f"{owner}: the weight of {name} has bits per channel, which are chosen already; start from a model "
+                "without them"
+            )
         if any(found[role] for role in roles):
             learned[name] = found
     if not learned:

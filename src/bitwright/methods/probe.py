@@ -24,7 +24,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     found = list(quantizers(model).values())
     kept = [*model.buffers(), *(p for q in found for p in q.parameters())]
     copies = [t.detach().clone() for t in kept]
-    zeros = [q.codes.zero for q in found]
+    derived = [q.derived for q in found]
     devices = sorted({t.device.index for t in model.parameters() if t.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices):
@@ -33,8 +33,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             # One launch per type on a GPU, where there are hundreds of tensors.
             torch._foreach_copy_(kept, copies)  # pyright: ignore[reportPrivateImportUsage]
-        for quantizer, zero in zip(found, zeros, strict=True):
-            if quantizer.codes.zero != zero:  # the one thing derived from bits that is not a buffer
+        for quantizer, before in zip(found, derived, strict=True):
+            if quantizer.derived != before:  # what depends on the bits and is no buffer
                 quantizer.refresh()
 
 

@@ -53,7 +53,8 @@ class Trainer:
     Args:
         recipe, dataset: what to train on what; `threads` must have been set (`setup.set_threads`).
         folder: claimed, with recipe.yaml in it.
-        partner: where quantized training starts; None starts from fresh weights. teacher: of `kd`; None: the partner.
+        partner: where quantized training starts; None starts from fresh weights. teacher: of `kd` and `relational`;
+            None: the partner.
     """
 
     def __init__(

@@ -18,11 +18,13 @@ from bitwright.methods import (
     SAQ,
     AdaQAT,
     Allocation,
+    ChannelBits,
     Constrained,
     EWGSDelta,
     Method,
     PEGECurriculum,
     QuantNet,
+    Relational,
 )
 from bitwright.training.data import Dataset
 from bitwright.training.lookup import check_types, close_matches
@@ -34,9 +36,9 @@ class MethodContext:
     """What a method may be built from.
 
     model: prepared and calibrated, on the training device. partner: the float network in evaluation mode on the same
-    device, or None. teacher: the float network that `kd` learns from, alike; None: the partner. loss_fn: the task
-    loss, (outputs, y) -> scalar. dataset; batch_size: of the run. example: one batch of inputs on the device. steps:
-    optimizer steps of the whole run. epochs, seed: of the run.
+    device, or None. teacher: the float network that `kd` and `relational` learn from, alike; None: the partner.
+    loss_fn: the task loss, (outputs, y) -> scalar. dataset; batch_size: of the run. example: one batch of inputs on
+    the device. steps: optimizer steps of the whole run. epochs, seed: of the run.
     """
 
     model: nn.Module
@@ -85,6 +87,11 @@ def _kd(options: dict[str, Any], context: MethodContext) -> Method:
     return KD(context.need_partner("kd") if context.teacher is None else context.teacher, **options)
 
 
+def _relational(options: dict[str, Any], context: MethodContext) -> Method:
+    teacher = context.need_partner("relational") if context.teacher is None else context.teacher
+    return Relational(context.model, teacher, **options)
+
+
 def _bwrf(options: dict[str, Any], context: MethodContext) -> Method:
     own = {"seed": context.seed, "loss_fn": context.loss_fn, "total_steps": context.steps}
     return BWRF(context.model, context.need_partner("bwrf"), **{**own, **options})
@@ -108,6 +115,10 @@ def _csq(options: dict[str, Any], context: MethodContext) -> Method:
 
 def _quantnet(options: dict[str, Any], context: MethodContext) -> Method:
     return QuantNet(context.model, context.steps, **options)
+
+
+def _channel_bits(options: dict[str, Any], context: MethodContext) -> Method:
+    return ChannelBits(context.model, **options)
 
 
 def _costed(options: dict[str, Any], context: MethodContext) -> tuple[Any, dict[str, Any]]:
@@ -155,12 +166,14 @@ def _ewgs(options: dict[str, Any], context: MethodContext) -> Method:
 
 METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
     "kd": _kd,
+    "relational": _relational,
     "bwrf": _bwrf,
     "pege": _pege,
     "adaqat": _adaqat,
     "hgq": _hgq,
     "csq": _csq,
     "quantnet": _quantnet,
+    "channel_bits": _channel_bits,
     "allocation": _allocation,
     "ewgs": _ewgs,
     "cage": _cage,
@@ -174,12 +187,14 @@ METHODS: dict[str, Callable[[dict[str, Any], MethodContext], Method]] = {
 # What each name makes, for the names and types of its options; GIVEN are the parameters that the context fills.
 MADE: dict[str, type[Method]] = {
     "kd": KD,
+    "relational": Relational,
     "bwrf": BWRF,
     "pege": PEGECurriculum,
     "adaqat": AdaQAT,
     "hgq": HGQ,
     "csq": CSQ,
     "quantnet": QuantNet,
+    "channel_bits": ChannelBits,
     "allocation": Allocation,
     "ewgs": EWGSDelta,
     "cage": CAGE,

@@ -110,7 +110,7 @@ class PartnerSection(Section):
 
 
 class TeacherSection(PartnerSection):
-    """The float network that `kd` learns from in the partner's place: another architecture, often a larger one.
+    """The float network that `kd` and `relational` learn from in the partner's place: another architecture, say.
 
     model: as in a recipe; its weights come from where a partner's do.
     """
@@ -172,8 +172,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _taught(self) -> "Recipe":
-        if self.teacher is not None and not any("kd" in entry for entry in self.methods):
-            raise ValueError("teacher: nothing learns from it; add kd to methods")
+        if self.teacher is not None and not any({"kd", "relational"} & entry.keys() for entry in self.methods):
+            raise ValueError("teacher: nothing learns from it; add kd or relational to methods")
         return self
 
     _source: str = PrivateAttr("recipe")

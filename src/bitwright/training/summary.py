@@ -16,17 +16,19 @@ from bitwright.training.data import Dataset
 from bitwright.training.recipe import Recipe
 
 
-def layer_bits(model: nn.Module) -> dict[str, dict[str, int]]:
+def layer_bits(model: nn.Module) -> dict[str, dict[str, float]]:
     """Present bit-widths of weights, inputs and outputs ("weight", "input", "output"), by layer name.
+
+    The mean where channels have their own.
 
     Float tensors are absent. A layer with several weight or several input quantizers is there once for each, as
     `layer.slot`.
     """
-    found: dict[str, dict[str, int]] = {"weight": {}, "input": {}, "output": {}}
+    found: dict[str, dict[str, float]] = {"weight": {}, "input": {}, "output": {}}
     for name, quantizer in quantizers(model).items():
         layer, _, slot = name.rpartition(".")
         key = layer if slot in ("weight_quantizer", "input_quantizer", OUTPUT) else name
-        found["output" if slot == OUTPUT else quantizer.shape.role][key] = int(quantizer.bits.item())
+        found["output" if slot == OUTPUT else quantizer.shape.role][key] = quantizer.mean_bits
     for name, layer in quant_layers(model).items():
         if isinstance(getattr(layer, "input_quantizer", None), SharedInput):
             found["input"][name] = slot_bits(layer, "input_quantizer")

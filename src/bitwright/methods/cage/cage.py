@@ -99,7 +99,7 @@ class CAGE(Method):
 
     def distance(self, weight: Tensor, quantizer: Quantizer) -> Tensor:
         """w - Q(w), the shape of `weight`."""
-        return weight - quantizer.grid(weight, quantizer.codes, self._rounded)
+        return weight - quantizer.rounded(weight, self._rounded)
 
     @torch.no_grad()
     def after_step(self, step: Any) -> None:

@@ -69,7 +69,7 @@ class Constrained(Method):
         model = unwrap(model)
         self.views = Views(model, self.name)
         if eps_output is None:
-            fewest = min(int(q.bits.item()) for q in self.views.every if q.shape.role == "weight")
+            fewest = min(int(q.bits.min().item()) for q in self.views.every if q.shape.role == "weight")
             eps_output = SLACK_AT.get(fewest, 1 / 255)
         if not (eps_output > 0 and eps_layer > 0 and rate > 0):
             raise BitwrightError(

@@ -216,5 +216,7 @@ def twice_differentiable() -> Iterator[None]:
 def grid_width(quantizer: Quantizer, x: Tensor) -> Tensor:
     """Largest minus smallest value of the grid, broadcastable to `x`."""
     affine = quantizer.affine(x if quantizer.shape.role == "weight" else None)
-    width = affine.scale * (affine.hi - affine.lo)
+    # Where channels have bits of their own, `affine` has the bounds of the widest.
+    codes = affine.hi - affine.lo if len(quantizer.bits) == 1 else quantizer.code_hi - quantizer.code_lo
+    width = affine.scale * codes
     return along(width, x, quantizer.grid.shape.axis)

@@ -53,7 +53,7 @@ def discretization_error(model: nn.Module) -> float:
             quantizer = getattr(layer, slot, None)
             if isinstance(quantizer, Quantizer) and isinstance(quantizer.estimator, PEGE):
                 weight = layer.weight_of(slot).detach()
-                quantizer.grid(weight, quantizer.codes, error)
+                quantizer.rounded(weight, error)
                 count += weight.numel()
     return error.total / max(count, 1)
 

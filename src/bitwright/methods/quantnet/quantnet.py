@@ -152,7 +152,7 @@ def binary_weights(model: nn.Module) -> dict[str, tuple[QuantLayer, str, Quantiz
     for name, layer in quant_layers(model).items():
         for slot in layer.weight_slots:
             quantizer = getattr(layer, slot, None)
-            if not isinstance(quantizer, Quantizer) or int(quantizer.bits.item()) != 1:
+            if not isinstance(quantizer, Quantizer) or quantizer.most_bits != 1:
                 continue
             if not isinstance(quantizer.grid, LSQ) or quantizer.codes.zero != 0.5:
                 raise BitwrightError(
