@@ -10,6 +10,7 @@ import bitwright as bw
 from bitwright.training.models.resnet import CifarResNet
 from bitwright.training.models.vgg import VGGSmall
 from bitwright.training.vision import import_timm, import_torchvision
+from hard_net import HardNet
 
 
 def found(model: nn.Module, *shape: int) -> list[str]:
@@ -42,6 +43,25 @@ def test_functions_are_seen_where_modules_say_nothing():
     # stem: its output meets a constant in float. conv1: read by conv2's input alone. norm2: feeds the sum. The sum
     # itself has no module: its relu runs three times, and the model's own output is something else.
     assert found(Functional(), 3, 6, 6) == ["stem", "norm2"]
+
+
+def test_hard_activations_get_grids_of_their_own_and_outputs():
+    model, x = HardNet(), torch.randn(1, 3, 10, 10)
+    plain = bw.topology(model, x)
+    assert [(rule.match, rule.output and rule.output.grid) for rule in plain] == [
+        (("norm1", "norm2", "squeeze.up", "norm3"), "lsq")
+    ]
+    # act1 and the gate's product are read by one convolution each; act2 is averaged and scaled, act3 averaged.
+    hard = bw.topology(model, x, "act8")
+    assert [(rule.match, rule.output and (rule.output.grid, rule.output.signed)) for rule in hard] == [
+        (("act2", "act3"), ("lsq", None)),
+        (("norm1", "norm2", "squeeze.up", "norm3"), ("hard", True)),
+    ]
+
+
+def test_without_hard_activations_act8_is_res8():
+    model, x = CifarResNet(8, 10, 1, width=4), torch.randn(1, 1, 8, 8)
+    assert bw.topology(model, x, "act8") == bw.topology(model, x)
 
 
 def test_our_resnet():

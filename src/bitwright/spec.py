@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bitwright.errors import BitwrightError
 
-GridName = Literal["lsq", "lsq+", "pact", "dorefa", "sat", "minmax", "tqt", "seq"]
+GridName = Literal["lsq", "lsq+", "pact", "dorefa", "sat", "minmax", "tqt", "seq", "hard"]
 Role = Literal["weight", "input"]
 
 MIN_BITS, MAX_BITS = 1, 8

@@ -16,8 +16,8 @@ from bitwright.rules import Rule, resolve, weight_layers
 from bitwright.spec import QuantizerSpec
 from bitwright.wrappers import unwrap
 
-Topology = Literal["fpres", "res8", "shared"]
-TOPOLOGIES = ("fpres", "res8", "shared")
+Topology = Literal["fpres", "res8", "act8", "shared"]
+TOPOLOGIES = ("fpres", "res8", "act8", "shared")
 
 # Runtimes merge these into the kernel before, and a quantizer behind them into it as well.
 FUSED = {"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "clip"}
@@ -29,6 +29,9 @@ MOVED = POOLS | {
 }
 # What a network makes of its last layer: a mask at the picture's size, a probability, a pixel.
 LAST = {"interpolate", "sigmoid", "tanh", "softmax", "log_softmax"}
+# What integers go through where what they read has the grid `hard`.
+HARD = {"hardswish", "hardsigmoid"}
+PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__"}
 ADDITIONS = {"add", "__add__", "__radd__", "__iadd__"}
 
 
@@ -51,8 +54,10 @@ def topology(
         example: an input batch, as `calibrate` takes them; its first sample is used.
         kind: "fpres": none, sums are float. "res8" (default): 8-bit quantizers on the output of every convolution
             (behind its norm and activation) that is not read by one input quantizer alone, and on every sum of such
-            outputs. "shared": as res8, but a tensor that convolutions or linear layers read is quantized once, at
-            the bits of their inputs, for them and for the sum; it needs `rules`.
+            outputs. "act8": as res8, and Hardswish and Hardsigmoid gates run on integers: what they read is on the
+            grid `hard`, and what Hardswish and a gate's product put out has an 8-bit quantizer as well, unless one
+            input quantizer alone reads it. "shared": as res8, but a tensor that convolutions or linear layers read is
+            quantized once, at the bits of their inputs, for them and for the sum; it needs `rules`.
         rules: those for weights and inputs: a layer that they leave in float, weight or input, counts as float here.
             None: every layer that can be quantized is.
         bits: of these quantizers.
@@ -75,8 +80,12 @@ def topology(
     if kind == "shared" and rules is None:
         raise BitwrightError("topology 'shared' takes the bits of inputs from rules; give rules=bw.rules(...)")
     layers, flow = integer_layers(model, rules), trace(model, example)
-    found = dict(places(model, flow, layers))
-    made = [Rule(match=tuple(found), output=spec)] if found else []
+    found = dict(places(model, flow, layers, hard=kind == "act8"))
+    bent = {n for n, v in found.items() if kind == "act8" and any(r.kind in HARD for r in v.readers)}
+    # Both signs whatever the data: the zero point of a gate lies below that of its input.
+    of_bent = QuantizerSpec(bits=bits, grid="hard", grid_options={"init": "mse"}, signed=True)
+    groups = [(tuple(n for n in found if n not in bent), spec), (tuple(n for n in found if n in bent), of_bent)]
+    made = [Rule(match=names, output=each) for names, each in groups if names]
     if kind == "shared":
         inputs = {n: fields["input"] for n, fields in resolve(model, list(rules or [])).items() if n in layers}
         for name, value in found.items():
@@ -127,14 +136,19 @@ def integer_layers(model: nn.Module, rules: Sequence[Rule] | None) -> Mapping[st
     return {n: m for n, m in layers.items() if {"weight", "input"} <= wanted.get(n, {}).keys()}
 
 
-def places(model: nn.Module, flow: Flow, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Value]]:
-    """Names of the modules whose outputs need a quantizer for `res8`, and these outputs, in the order of execution."""
+def places(
+    model: nn.Module, flow: Flow, layers: Mapping[str, nn.Module], hard: bool = False
+) -> Iterator[tuple[str, Value]]:
+    """Names of the modules whose outputs need a quantizer for `res8`, and these outputs, in the order of execution.
+
+    hard: for `act8`.
+    """
     convolutions = {n for n, m in layers.items() if isinstance(m, CONVOLUTIONS)}
     sums: set[Value] = set()
     for value in flow.values:
         if value.kind.startswith("conv") and value.owner in convolutions:
             start = behind_norm(value)
-        elif is_sum(value) and all(from_integers(v, convolutions, sums) for v in value.inputs):
+        elif joins(value, convolutions, sums) or (hard and bends(value, convolutions, sums)):
             sums.add(value)
             start = value
         else:
@@ -158,6 +172,22 @@ def is_output(value: Value) -> bool:
 def is_sum(value: Value) -> bool:
     """Whether `value` is the sum of two tensors of the network, and not of one and a constant."""
     return value.kind in ADDITIONS and len(value.inputs) == 2
+
+
+def joins(value: Value, convolutions: set[str], sums: set[Value]) -> bool:
+    """Whether `value` is the sum of two tensors of integers."""
+    return is_sum(value) and all(from_integers(v, convolutions, sums) for v in value.inputs)
+
+
+def bends(value: Value, convolutions: set[str], sums: set[Value]) -> bool:
+    """Whether `value` is the Hardswish of integers, or the product of integers and a Hardsigmoid of integers."""
+    if value.kind == "hardswish":
+        return from_integers(value.inputs[0], convolutions, sums)
+    if value.kind not in PRODUCTS or len(value.inputs) != 2:
+        return False
+    gated = [v.inputs[0] if v.kind == "hardsigmoid" else v for v in value.inputs]
+    hard = sum(v.kind == "hardsigmoid" for v in value.inputs)
+    return hard == 1 and all(from_integers(v, convolutions, sums) for v in gated)
 
 
 def behind_norm(value: Value) -> Value:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bitwright.deploy.capture import Captured, Requantized, requantized
+from bitwright.grids import HardLSQ
 from bitwright.grids.lsq import LSQ
 from bitwright.prepare import quantizers
 from bitwright.quantizer import Quantizer
@@ -28,8 +29,8 @@ def scale_of(quantizer: Quantizer) -> float:
 
 
 def movable(quantizer: Quantizer) -> bool:
-    """Whether the quantizer has one scale, which is a parameter, and a code for 0."""
-    return isinstance(quantizer.grid, LSQ) and uniform(quantizer)
+    """Whether the quantizer has one scale, which is a parameter that may be any number, and a code for 0."""
+    return isinstance(quantizer.grid, LSQ) and not isinstance(quantizer.grid, HardLSQ) and uniform(quantizer)
 
 
 def uniform(quantizer: Quantizer) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from bitwright.errors import BitwrightError, option_error
 from bitwright.grids.base import Affine, CodeRange, Grid, Shape, Stats, code_range
 from bitwright.grids.dorefa import DoReFa
+from bitwright.grids.hard import HardLSQ
 from bitwright.grids.lsq import LSQ
 from bitwright.grids.lsq_plus import LSQPlus
 from bitwright.grids.minmax import MinMax
@@ -26,6 +27,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "minmax": {"weight": MinMax, "input": MinMax},
     "seq": {"weight": SEQ, "input": LSQ},
     "tqt": {"weight": TQT, "input": TQT},
+    "hard": {"weight": HardLSQ, "input": HardLSQ},
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "CodeRange",
     "DoReFa",
     "Grid",
+    "HardLSQ",
     "LSQPlus",
     "MinMax",
     "SATWeight",

@@ -18,6 +18,7 @@ from bitwright.deploy.capture import first_line, quiet_export
 from bitwright.deploy.files import ExportReport, replacing
 from bitwright.deploy.fold import fold
 from bitwright.deploy.freeze import freeze
+from bitwright.deploy.hard import hard_on_integers
 from bitwright.deploy.integer import InputCodes, IntLayer
 from bitwright.deploy.lower import LayerFile, lower
 from bitwright.deploy.names import rename, shorten
@@ -139,6 +140,7 @@ def export_onnx(model: nn.Module, path: Path, example: Inputs) -> ExportReport:
     """Write the file; see `bitwright.deploy.export`."""
     frozen = freeze(model, example)
     proto, layers = lower(placeholder_graph(frozen, example), frozen, ReproducibleLowering)
+    hard_on_integers(proto)
     outline(proto)
     shorten(proto)
     fold(proto)
