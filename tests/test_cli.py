@@ -300,6 +300,12 @@ def test_bad_recipes_and_places_are_one_line_and_make_nothing(bitwright, trained
     assert "--resume RUN goes on" in refused(bitwright("train", "tiny.yaml", "--resume", trained))
 
 
+def test_a_recipe_in_a_folder_called_lr_0_1_is_a_recipe(bitwright, tmp_path):
+    (tmp_path / "lr=0.1").mkdir()
+    (tmp_path / "lr=0.1" / "tiny.yaml").write_text(RECIPE + "nonsense: 1\n")
+    assert "lr=0.1/tiny.yaml: nonsense: unknown key" in refused(bitwright("train", "lr=0.1/tiny.yaml", "--out", "new"))
+
+
 def test_a_diverged_run_exits_with_1(bitwright, tmp_path):
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     code, _, err = bitwright("train", "tiny.yaml", "bits=float", "optimizer.lr=1e30", "--out", "run")

@@ -36,7 +36,8 @@ def train(
     from bitwright.training.report import Reporter
 
     given = list(arguments or [])
-    recipe = given.pop(0) if given and "=" not in given[0] else None
+    # A file is a recipe whatever its name: folders called lr=0.1 are common.
+    recipe = given.pop(0) if given and ("=" not in given[0] or Path(given[0]).is_file()) else None
     overrides = [*data_override(data_dir), *(["compile=true"] if compile else []), *given]
     reporter = Reporter()
     with StopSignals() as stop:
