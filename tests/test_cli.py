@@ -13,8 +13,10 @@ from bitwright import cli
 from bitwright.costs import LatencyTable, read_latencies
 from bitwright.deploy.names import spelled_out
 from bitwright.runtime import timing
+from bitwright.training import quickstart
 from bitwright.training.models import build_model
 from bitwright.training.recipe_file import load_recipe
+from bitwright.training.report import Reporter
 
 RECIPE = """
 data: {name: digits, options: {subset: 300}}
@@ -348,6 +350,13 @@ def test_help_names_every_command(bitwright):
     assert code == 0
     for command in ("train", "eval", "export", "verify", "cost", "bench", "sweep"):
         assert command in out
+
+
+def test_a_quick_start_that_goes_on_takes_no_other_recipe(bitwright, tmp_path):
+    short = ["schedule.epochs=1", "partner.schedule.epochs=1"]
+    quickstart.begin(tmp_path / "run", short, overwrite=False, reporter=Reporter())
+    message = refused(bitwright("train", "--resume", "run", "schedule.epochs=2", "--cache", "cache"))
+    assert "made by another recipe than with 'schedule.epochs=2'" in message
 
 
 @pytest.mark.slow

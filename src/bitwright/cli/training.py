@@ -46,14 +46,14 @@ def train(
             if recipe is not None or out is not None or overwrite:
                 raise BitwrightError("--resume RUN goes on with that run; give no RECIPE, --out or --overwrite with it")
             if RunFolder(resume).quickstart.is_file():
-                quick.go_on(resume, **shared)
+                quick.go_on(resume, overrides, **shared)
                 _ship_quickstart(resume, cache)
             else:
                 _finish(resume, start.resume(resume, overrides, **shared))
         elif recipe is None:
             folder = out or Path("runs/quickstart")
             quick.begin(folder, overrides, overwrite=overwrite, reporter=reporter)
-            quick.go_on(folder, **shared)
+            quick.go_on(folder, [], **shared)
             _ship_quickstart(folder, cache)
         else:
             folder = out or Path("runs") / Path(recipe).stem
