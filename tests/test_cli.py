@@ -13,8 +13,10 @@ from bitwright import cli
 from bitwright.costs import LatencyTable, read_latencies
 from bitwright.deploy.names import spelled_out
 from bitwright.runtime import timing
+from bitwright.training import quickstart
 from bitwright.training.models import build_model
 from bitwright.training.recipe_file import load_recipe
+from bitwright.training.report import Reporter
 
 RECIPE = """
 data: {name: digits, options: {subset: 300}}
@@ -300,6 +302,12 @@ def test_bad_recipes_and_places_are_one_line_and_make_nothing(bitwright, trained
     assert "--resume RUN goes on" in refused(bitwright("train", "tiny.yaml", "--resume", trained))
 
 
+def test_a_recipe_in_a_folder_called_lr_0_1_is_a_recipe(bitwright, tmp_path):
+    (tmp_path / "lr=0.1").mkdir()
+    (tmp_path / "lr=0.1" / "tiny.yaml").write_text(RECIPE + "nonsense: 1\n")
+    assert "lr=0.1/tiny.yaml: nonsense: unknown key" in refused(bitwright("train", "lr=0.1/tiny.yaml", "--out", "new"))
+
+
 def test_a_diverged_run_exits_with_1(bitwright, tmp_path):
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     code, _, err = bitwright("train", "tiny.yaml", "bits=float", "optimizer.lr=1e30", "--out", "run")
@@ -342,6 +350,13 @@ def test_help_names_every_command(bitwright):
     assert code == 0
     for command in ("train", "eval", "export", "verify", "cost", "bench", "sweep"):
         assert command in out
+
+
+def test_a_quick_start_that_goes_on_takes_no_other_recipe(bitwright, tmp_path):
+    short = ["schedule.epochs=1", "partner.schedule.epochs=1"]
+    quickstart.begin(tmp_path / "run", short, overwrite=False, reporter=Reporter())
+    message = refused(bitwright("train", "--resume", "run", "schedule.epochs=2", "--cache", "cache"))
+    assert "made by another recipe than with 'schedule.epochs=2'" in message
 
 
 @pytest.mark.slow

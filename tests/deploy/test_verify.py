@@ -264,3 +264,29 @@ def test_a_file_of_a_newer_format_is_refused_in_one_line(runtime, tmp_path):
         path.write_bytes(proto.SerializeToString())
         with pytest.raises(BitwrightError, match=f"is of {what} version 99, .*export it again"):
             verify(model, path, [torch.randn(2, 3, 8, 8)], runtime=runtime)
+
+
+@pytest.mark.parametrize(
+    ("stride", "classes", "message"),
+    [
+        (2, 5, r"is of another network: 2\.input_quantizer is \(4, 4, 3, 3\) in it, \(4, 4, 6, 6\) in the network"),
+        (1, 7, r"is of another network: logits is \(4, 7\) in it, \(4, 5\) in the network"),
+    ],
+)
+def test_a_file_of_a_network_of_other_sizes_is_one_line(stride, classes, message, tmp_path):
+    def net(stride: int, classes: int) -> nn.Module:
+        layers = [
+            nn.Conv2d(3, 4, 3, stride),
+            nn.ReLU(),
+            nn.Conv2d(4, classes, 3),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ]
+        return bw.calibrate(bw.prepare(nn.Sequential(*layers), bw.rules("w4a4")), [x]).eval()
+
+    x = torch.randn(4, 3, 8, 8)
+    path = tmp_path / "other.onnx"
+    export(net(stride, classes), path, x)
+    with pytest.raises(BitwrightError, match=message) as caught:
+        verify(net(1, 5), path, x)
+    assert "\n" not in str(caught.value)

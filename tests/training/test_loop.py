@@ -26,6 +26,7 @@ from bitwright.training.folder import RunFolder, load_run
 from bitwright.training.interrupt import Interrupted
 from bitwright.training.loop import Trainer
 from bitwright.training.methods import METHODS
+from bitwright.training.recipe_file import dump_recipe
 
 from .runs import (
     PARTNER,
@@ -170,6 +171,16 @@ def test_a_finished_run_resumes_to_the_same_summary(tmp_path):
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     assert resume(tmp_path)["accuracy"] == first["accuracy"]
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_keeps_its_recipe(tmp_path):
+    """Before: it trained by the changed recipe, and could then not be opened, as recipe.yaml said another one."""
+    folder = RunFolder(tmp_path / "run")
+    folder.root.mkdir()
+    folder.recipe.write_text(dump_recipe(recipe(tmp_path)))
+    with pytest.raises(BitwrightError, match=r"run: made by another recipe than with 'optimizer.lr=0.5'; only"):
+        resume(tmp_path, "optimizer.lr=0.5")
+    assert [path.name for path in folder.root.iterdir()] == ["recipe.yaml"]
 
 
 def test_a_folder_with_a_run_is_kept_unless_told_otherwise(tmp_path):

@@ -36,7 +36,8 @@ def train(
     from bitwright.training.report import Reporter
 
     given = list(arguments or [])
-    recipe = given.pop(0) if given and "=" not in given[0] else None
+    # A file is a recipe whatever its name: folders called lr=0.1 are common.
+    recipe = given.pop(0) if given and ("=" not in given[0] or Path(given[0]).is_file()) else None
     overrides = [*data_override(data_dir), *(["compile=true"] if compile else []), *given]
     reporter = Reporter()
     with StopSignals() as stop:
@@ -45,14 +46,14 @@ def train(
             if recipe is not None or out is not None or overwrite:
                 raise BitwrightError("--resume RUN goes on with that run; give no RECIPE, --out or --overwrite with it")
             if RunFolder(resume).quickstart.is_file():
-                quick.go_on(resume, **shared)
+                quick.go_on(resume, overrides, **shared)
                 _ship_quickstart(resume, cache)
             else:
                 _finish(resume, start.resume(resume, overrides, **shared))
         elif recipe is None:
             folder = out or Path("runs/quickstart")
             quick.begin(folder, overrides, overwrite=overwrite, reporter=reporter)
-            quick.go_on(folder, **shared)
+            quick.go_on(folder, [], **shared)
             _ship_quickstart(folder, cache)
         else:
             folder = out or Path("runs") / Path(recipe).stem

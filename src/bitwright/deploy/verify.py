@@ -83,6 +83,8 @@ def verify(
             theirs, codes = file.run(x)
             clean = compare_codes(report, recorder, codes, x.rows)
             report.name_outputs(trained, len(theirs))
+            for name, ours, found in zip(trained, integers.values(), theirs, strict=True):
+                same_size(report, name or "its output", ours, found)
             outputs = ([*trained.values()], [*integers.values()], theirs)
             compare_outputs(report, *outputs, clean, lambda rows, x=x: exact(x.by_row(lambda t: t[rows])), class_axis)
         report.file_difference = getattr(file, "difference", None)
@@ -156,6 +158,15 @@ def per_image(codes: Tensor, images: int) -> Tensor:
     return codes.reshape(images, -1) if codes.shape[0] % images == 0 else codes.reshape(1, -1).expand(images, -1)
 
 
+def same_size(report: VerifyReport, name: str, ours: Tensor, found: Tensor) -> None:
+    """Raise BitwrightError where a tensor of the file cannot be that of the network: other strides, classes, …"""
+    if ours.numel() != found.numel():
+        theirs, expected = tuple(found.shape), tuple(ours.shape)
+        raise BitwrightError(
+            f"{report.path}: is of another network: {name} is {theirs} in it, {expected} in the network"
+        )
+
+
 def compare_codes(report: VerifyReport, recorder: Recorder, file: dict[str, list[Tensor]], images: int) -> Tensor:
     """Add one batch to every input row; returns which images agree everywhere, (images,) bool."""
     clean_frozen = clean_file = torch.ones(images, dtype=torch.bool)
@@ -166,5 +177,6 @@ def compare_codes(report: VerifyReport, recorder: Recorder, file: dict[str, list
         for a, b in zip(trained, ours, strict=True):
             clean_frozen = row.frozen.add(per_image(a, images), per_image(b, images), clean_frozen)
         for b, c in zip(ours, file.get(row.name, ours), strict=True):
+            same_size(report, row.name, b, c)
             clean_file = row.file.add(per_image(b, images), per_image(c, images), clean_file)
     return clean_frozen & clean_file

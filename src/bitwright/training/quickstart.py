@@ -49,12 +49,12 @@ def begin(out: Path, overrides: list[str], *, overwrite: bool, reporter: Reporte
     write_json(RunFolder(out).quickstart, list(recipes))
 
 
-def go_on(out: Path, *, cache: Path | None, reporter: Reporter, stop: StopSignals) -> None:
-    """Train what is not finished yet."""
+def go_on(out: Path, overrides: list[str], *, cache: Path | None, reporter: Reporter, stop: StopSignals) -> None:
+    """Train what is not finished yet; overrides: as `start.resume` takes them."""
     for name, folder in runs_of(out).items():
         if not folder.summary.is_file():
             reporter.note(f"{name}:")
-            resume(folder.root, [], cache=cache, reporter=reporter, stop=stop)
+            resume(folder.root, overrides, cache=cache, reporter=reporter, stop=stop)
 
 
 def table(out: Path, cache: Path | None) -> tuple[list[Row], LoadedRun]:

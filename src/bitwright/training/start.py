@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from bitwright.errors import BitwrightError
 from bitwright.training.checkpoint import write_atomic
 from bitwright.training.folder import RunFolder
 from bitwright.training.interrupt import StopSignals
@@ -43,9 +44,17 @@ def resume(
     """Go on with the run in `root`, from its last checkpoint or, where it has none, from the start.
 
     overrides: of `device`, `threads` and `data.dir` only.
+
+    Raises: as `train`; BitwrightError for other overrides, with or without a checkpoint: recipe.yaml would not say what
+        was trained, and the run could not be opened.
     """
     folder = RunFolder(root)
     recipe = folder.load_recipe(overrides)
+    if recipe.digest() != folder.load_recipe().digest():
+        raise BitwrightError(
+            f"{root}: made by another recipe than with {' '.join(overrides)!r}; "
+            "only device, threads and data.dir may change"
+        )
     set_threads(recipe)
     with folder.alone():
         return _run(recipe, folder, recipe_data(recipe, cache), cache, reporter, stop)
