@@ -118,7 +118,7 @@ def test_csq_hardens_inside_its_budget_and_the_file_is_what_was_trained(tmp_path
 
 
 @pytest.mark.parametrize("more", [[], ["optimizer.ema=0.5"]], ids=["", "ema"])
-def test_bits_per_channel_are_shipped_at_the_widest_and_sizes_say_so(tmp_path, more):
+def test_bits_per_channel_are_shipped_at_the_widest_and_sizes_say_so(tmp_path, snapping, more):
     methods = "methods=[{channel_bits: {shares: [0.25], steps: 2}}]"
     options = ("bits=w3a4", methods, "schedule.epochs=2", *more)
     summary = runs.train(tmp_path / "whole", *options)
