@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitwright.errors import BitwrightError
 from bitwright.grids import Shape, code_range
 from bitwright.grids.hard import HardLSQ
 
@@ -41,8 +40,3 @@ def test_values_and_gradients_are_lsqs_at_that_scale(make):
     for ours, theirs in zip(*seen, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert seen[0][2].abs() > 0
-
-
-def test_weights_are_refused():
-    with pytest.raises(BitwrightError, match="not for weights"):
-        HardLSQ(Shape("weight"))

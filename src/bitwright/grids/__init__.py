@@ -27,7 +27,7 @@ GRIDS: dict[str, dict[str, Any]] = {
     "minmax": {"weight": MinMax, "input": MinMax},
     "seq": {"weight": SEQ, "input": LSQ},
     "tqt": {"weight": TQT, "input": TQT},
-    "hard": {"weight": HardLSQ, "input": HardLSQ},
+    "hard": {"weight": LSQ, "input": HardLSQ},
 }
 
 __all__ = [

@@ -1,12 +1,9 @@
 """LSQ in front of Hardswish and Hardsigmoid: the scale goes a whole number of times into 3, where these bend."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from bitwright.errors import BitwrightError
-from bitwright.grids.base import Affine, CodeRange, Shape, make_affine
+from bitwright.grids.base import Affine, CodeRange, make_affine
 from bitwright.grids.lsq import LSQ, shared_by
 from bitwright.kernels import fake_quantize, scale_gradient
 
@@ -29,16 +26,8 @@ class HardLSQ(LSQ):
     two; rounding passes its gradient on.
 
     Args:
-        init: as in `LSQ`.
-
-    Raises:
-        BitwrightError: it is asked for a weight.
+        init: as in `LSQ`, which this grid is for weights.
     """
-
-    def __init__(self, shape: Shape, init: Literal["lsq", "mse"] = "lsq"):
-        if shape.role == "weight":
-            raise BitwrightError("grid 'hard' is for what Hardswish and Hardsigmoid read, not for weights; use 'lsq'")
-        super().__init__(shape, init)
 
     def effective_scale(self) -> Tensor:
         """3 / n, shape (channels,); the gradient is that of the scale itself."""

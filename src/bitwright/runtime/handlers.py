@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
 from bitwright.runtime.constants import Graph
+from bitwright.runtime.hard import hardswish
 from bitwright.runtime.moves import dequantize, pad, reshape, slice_, space_to_depth
 from bitwright.runtime.ops import Add, AddFloat, Codes, Conv, MaxPool, Mean, Quantize, Table, View, Window
 from bitwright.runtime.patterns import (
@@ -223,6 +224,7 @@ HANDLERS: Handlers = {
     "DequantizeLinear": dequantize,
     "SpaceToDepth": space_to_depth,
     "Conv": conv,
+    "Clip": hardswish,
     "MatMul": matmul,
     "Add": add,
     "MaxPool": max_pool,
