@@ -118,8 +118,8 @@ class Traced(torch.autograd.Function):
         inside = v == c
         gv = torch.where(inside, gk, 0.0)
         dx = (g if rule == "ste" else gv).to(x.dtype)
-        # The same number twice. What has two readers is kept: bools are least memory, but on CPUs converted one by one,
-        # which costs images less than keeping `gv` would, and tokens half of their gradient's time.
+        # Both are the same number. Compilers keep what is read twice, `inside` or `gv`: bools are the least memory, but
+        # CPU code converts them one by one, which costs images less than keeping `gv` would, and tokens more.
         clipped = torch.where(inside, gk * (c - z), 0.0) if of_images(x, axis) else gv * (c - z)
         ds = per_scale(g * (k - z) - clipped, scale, axis)
         if count:
