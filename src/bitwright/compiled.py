@@ -21,7 +21,7 @@ def compile_model(
         model: prepared or float; its parameters stay its own, and methods hook it as before.
         activation_memory: share of what compiled code keeps for the backward pass by default, 0 to 1. 1.0 (default)
             recomputes only what costs nothing; 0.3 kept 0.37 to 0.58 of the bytes of eager float training on the
-            networks of `benchmarks/speed/lean-*.csv`, at 0.86 to 1.21 of its time; 0 keeps inputs only.
+            networks of `benchmarks/speed/lean-*.csv`, at 0.90 to 1.21 of its time; 0 keeps inputs only.
         backend: of torch.compile; one that splits the graph by torch's min-cut partitioner.
         options: further keywords of `torch.compile` (`fullgraph=True` and so on).
 
